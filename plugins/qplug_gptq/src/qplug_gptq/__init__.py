@@ -1,0 +1,1 @@
+"""GPTQ for qplug: the checkpoint format of AutoGPTQ and GPTQModel, and kernels for its integer weights."""

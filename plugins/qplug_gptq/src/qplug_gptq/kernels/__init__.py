@@ -1,0 +1,1 @@
+"""Kernels of qplug-gptq, one file for each backend and scheme."""

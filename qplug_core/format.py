@@ -1,0 +1,66 @@
+"""CheckpointFormat: how quantized numbers are stored on disk. Pure; never sees a device, an engine, a rank or a name."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from .axes import StoredTensor
+from .config import LayerQuant, QuantizationConfig
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from .source import Source
+    from .weight import OpaqueWeight, QuantWeight
+
+
+class CheckpointFormat(ABC):
+    """One format, with all of its layouts (storage variants).
+
+    The covering read, cuts for tensor parallelism, fusing and stacking are core's: a format declares its tensors by
+    logical axes and decodes what it is given, which may be a window of the layer.
+    """
+
+    name: str
+
+    @abstractmethod
+    def parse(self, source: Source) -> QuantizationConfig:
+        """The config of a checkpoint, from ``source.quant_config`` and, for what it leaves out, from the headers.
+
+        :raises ConfigError: for a key that changes the numbers and is not understood, or two that contradict each other.
+        """
+
+    @abstractmethod
+    def tensors(self, quant: LayerQuant) -> tuple[StoredTensor, ...]:
+        """The stored tensors of one layer."""
+
+    @abstractmethod
+    def decode(self, tensors: Mapping[str, Tensor], quant: LayerQuant, n: int, k: int) -> QuantWeight | OpaqueWeight:
+        """Plain codes from stored tensors, keyed by declared name, of a layer or window of ``n`` rows and ``k`` columns.
+
+        :raises DecodeError: where values contradict the config.
+        """
+
+    def encode(self, weight: QuantWeight, quant: LayerQuant) -> dict[str, Tensor]:
+        """Stored tensors of a weight; ``decode`` of them is the weight, bit for bit.
+
+        :raises CannotEncode: where the format cannot hold it without loss.
+        """
+        raise NotImplementedError(f"{self.name} has no writer")
+
+    def quant_for_scheme(self, weight: QuantWeight) -> LayerQuant:
+        """The layout and options that store ``weight``.
+
+        :raises CannotEncode: where the format has none for it.
+        """
+        raise NotImplementedError(f"{self.name} has no writer")
+
+    def quantization_config(self, layers: Mapping[str, LayerQuant | None]) -> dict[str, Any]:
+        """The ``quantization_config`` for config.json that says ``layers``: module name to quantization, None for 16 bit."""
+        raise NotImplementedError(f"{self.name} has no writer")
+
+    def kv_tensors(self, attention: str) -> dict[str, str]:
+        """Stored names of KV-cache scales of one attention module, by role: ``k_scale``, ``v_scale``, ``q_scale``, ``k_zero``..."""
+        return {}

@@ -1,0 +1,104 @@
+/* Vectors of the x86 instruction sets that one source is compiled for: AVX2 (8 lanes) and AVX-512 (16 lanes).
+ *
+ * A tile is TILE = 16 rows of a weight in every instruction set, so that packed layouts do not depend on it: NV vectors
+ * of VL lanes cover it. Activations come and go as float32, bfloat16 or float16, named by `enum kind`.
+ */
+#ifndef QPLUG_VEC_H
+#define QPLUG_VEC_H
+
+#include <immintrin.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+#define INLINE static inline __attribute__((always_inline))
+#define UNROLL _Pragma("GCC unroll 32")
+#define EXPORT __attribute__((visibility("default")))
+
+enum { TILE = 16 };
+enum kind { F32 = 0, BF16 = 1, F16 = 2 };
+
+#if defined(__AVX512F__)
+enum { VL = 16 };
+typedef float vf __attribute__((vector_size(64)));
+INLINE vf splat(float x) { return _mm512_set1_ps(x); }
+INLINE vf load_f16(const uint16_t *p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const void *)p)); }
+INLINE void store_f16(uint16_t *p, vf x) { _mm256_storeu_si256((void *)p, _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT)); }
+INLINE __m512i widen_u16(const uint16_t *p) { return _mm512_cvtepu16_epi32(_mm256_loadu_si256((const void *)p)); }
+INLINE vf load_s8(const int8_t *p) { return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const void *)p))); }
+INLINE vf vmax(vf a, vf b) { return _mm512_max_ps(a, b); }
+INLINE vf vmin(vf a, vf b) { return _mm512_min_ps(a, b); }
+#else
+enum { VL = 8 };
+typedef float vf __attribute__((vector_size(32)));
+INLINE vf splat(float x) { return _mm256_set1_ps(x); }
+INLINE vf load_f16(const uint16_t *p) { return _mm256_cvtph_ps(_mm_loadu_si128((const void *)p)); }
+INLINE void store_f16(uint16_t *p, vf x) { _mm_storeu_si128((void *)p, _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT)); }
+INLINE __m256i widen_u16(const uint16_t *p) { return _mm256_cvtepu16_epi32(_mm_loadu_si128((const void *)p)); }
+INLINE vf load_s8(const int8_t *p) { return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const void *)p))); }
+INLINE vf vmax(vf a, vf b) { return _mm256_max_ps(a, b); }
+INLINE vf vmin(vf a, vf b) { return _mm256_min_ps(a, b); }
+#endif
+
+enum { NV = TILE / VL };
+typedef int32_t vi __attribute__((vector_size(4 * VL)));
+typedef uint32_t vu __attribute__((vector_size(4 * VL)));
+
+#if defined(__AVX512F__)
+INLINE vi round_i(vf x) { return (vi)_mm512_cvtps_epi32(x); }
+#else
+INLINE vi round_i(vf x) { return (vi)_mm256_cvtps_epi32(x); }
+#endif
+INLINE vf to_float(vi x) { return __builtin_convertvector(x, vf); }
+INLINE vf load(const float *p) { vf x; memcpy(&x, p, sizeof x); return x; }
+INLINE void store(float *p, vf x) { memcpy(p, &x, sizeof x); }
+INLINE vi load_i(const void *p) { vi x; memcpy(&x, p, sizeof x); return x; }
+INLINE void prefetch(const void *p) { _mm_prefetch((const char *)p, _MM_HINT_T0); }
+
+INLINE size_t width(int kind) { return kind == F32 ? 4 : 2; }
+
+/* VL values at index i of an array of any kind. */
+INLINE vf load_any(int kind, const void *p, long i) {
+    if (kind == F32) return load((const float *)p + i);
+    const uint16_t *h = (const uint16_t *)p + i;
+    return kind == F16 ? load_f16(h) : (vf)((vu)widen_u16(h) << 16);
+}
+
+INLINE float load_one(int kind, const void *p, long i) {
+    if (kind == F32) return ((const float *)p)[i];
+    uint16_t h = ((const uint16_t *)p)[i];
+    if (kind == F16) return _cvtsh_ss(h);
+    uint32_t bits = (uint32_t)h << 16;
+    float x;
+    memcpy(&x, &bits, 4);
+    return x;
+}
+
+INLINE void store_bf16(uint16_t *p, vf x) {
+    vu bits = (vu)x;
+    vu rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    vu isnan = (vu)((vi)(x != x));
+    vu y = (isnan & 0x7fc0) | (~isnan & rounded);
+    UNROLL for (int i = 0; i < VL; i++) p[i] = (uint16_t)y[i];
+}
+
+/* The first `count` of VL values to index i of an array of any kind; 16-bit kinds round to nearest even. */
+INLINE void store_any(int kind, void *p, long i, vf x, long count) {
+    _Alignas(64) char whole[4 * VL];
+    char *to = (char *)p + (size_t)i * width(kind);
+    char *at = count >= VL ? to : whole;
+    if (kind == F32) store((float *)at, x);
+    else if (kind == F16) store_f16((uint16_t *)at, x);
+    else store_bf16((uint16_t *)at, x);
+    if (count < VL) memcpy(to, whole, (size_t)(count > 0 ? count : 0) * width(kind));
+}
+
+/* Rows of a scratch array that kernels read in blocks: whole blocks, zero filled by the caller. */
+INLINE long round_up(long x, long unit) { return (x + unit - 1) / unit * unit; }
+
+static void *scratch(size_t bytes) {
+    /* Room of one line, so that an empty array has an address too. */
+    return aligned_alloc(64, (size_t)round_up((long)bytes, 64) + 64);
+}
+
+#endif

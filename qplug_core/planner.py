@@ -1,0 +1,335 @@
+"""plan(): from headers, a config and the layers of an engine to a QuantPlan. The exact cover is checked here."""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+from .axes import FLOATS
+from .config import LayerQuant, ModuleName, QuantizationConfig
+from .cover import Cover
+from .device import Device
+from .errors import ConfigError, CoverError, UsageError
+from .format import CheckpointFormat
+from .kernel import Problem
+from .layer import LayerSpec, PlainSlot, StoredPart
+from .plan import CacheDecision, Decision, QuantPlan, Segment
+from .quantizer import online_scheme
+from .registry import Registry, get_registry
+from .resolve import Policy, Resolver
+from .scheme import QuantScheme
+from .source import Source
+
+ONLINE_OPS = ("linear", "experts")
+ROTARY = {"rotary_emb.inv_freq": "a buffer that every model computes itself"}
+
+
+def read_config(source: Source, registry: Registry) -> tuple[QuantizationConfig, CheckpointFormat | None]:
+    """The quantization of a checkpoint and the format that reads it; without rules where it is 16 bit.
+
+    :raises ConfigError: where no installed format reads it.
+    """
+    declared = source.quant_config
+    method = ""
+    if declared is not None:
+        method = str(declared.get("quant_method") or declared.get("quant_algo") or "").lower()
+    decl = registry.format_for(method, frozenset(source.files))
+    if decl is None and (declared is not None or method):
+        known = ", ".join(sorted(f.name for f in registry.formats)) or "none"
+        raise ConfigError(
+            f"{source.quant_config_from} of {source.path} says quant_method {method!r}, which no installed plugin reads (installed: "
+            f"{known}); install the plugin for it, or see `qplug list-methods`"
+        )
+    if decl is None:
+        return QuantizationConfig("", []), None
+    fmt: CheckpointFormat = registry.load(decl)
+    return fmt.parse(source), fmt
+
+
+class Planner:
+    """Plans one model. An object, because reading the config and the headers is shared by all layers."""
+
+    def __init__(
+        self,
+        source: Source,
+        device: Device | None = None,
+        dtype: str = "bfloat16",
+        policy: Policy | None = None,
+        quantize: str | QuantScheme | None = None,
+        registry: Registry | None = None,
+        assumed: bool = False,
+    ) -> None:
+        """``assumed``: there are no headers yet, and the config is believed."""
+        self.source = source
+        self.assumed = assumed
+        self.registry = registry or get_registry()
+        self.device = device or Device.current()
+        self.dtype = dtype
+        self.policy = policy or Policy()
+        self.resolver = Resolver(self.registry, self.device, self.policy)
+        self.config, self.format = read_config(source, self.registry)
+        self.online = QuantScheme.parse(quantize) if isinstance(quantize, str) else quantize
+        self.cover = Cover(source.tensors)
+        self._names = sorted(source.tensors)
+        self._formats: dict[str, CheckpointFormat] = {}
+        if self.online is not None and self.format is not None:
+            raise UsageError(
+                f"{source.path} is {self.config.method} already and quantize={self.online} was asked for; load it as it is, or start "
+                "from the 16-bit checkpoint"
+            )
+
+    def layout(self, name: str) -> CheckpointFormat:
+        """The format that decodes a layout."""
+        if name not in self._formats:
+            self._formats[name] = self.registry.load(self.registry.layout(name))
+        return self._formats[name]
+
+    def plan(self, layers: Sequence[LayerSpec], slots: Sequence[PlainSlot] = (), complete: bool = True) -> QuantPlan:
+        """Decide every layer and check the exact cover.
+
+        ``slots``: everything else that the model needs. ``complete``: the layers and slots are the whole model, so a
+        tensor that nobody claims is an error.
+
+        :raises CoverError: where tensors and slots are not the same set.
+        :raises NoKernel: where the policy leaves a layer without a kernel.
+        """
+        decisions = [self._decide(layer) for layer in layers if layer.op != "kv_cache"]
+        for slot in slots:
+            self._fill(slot)
+        caches = self._caches(layers)
+        try:
+            self.cover.check({**ROTARY, **self.config.ignorable}, complete)
+        except CoverError as error:
+            raise CoverError(f"{self.source.path}: {error}") from None
+        if self.online is not None and not any(d.quantized for d in decisions):
+            raise UsageError(f"quantize={self.online} was asked for and the model has no layer that takes it")
+        return QuantPlan(
+            source=str(self.source.path),
+            method=self.config.method or (f"16 bit, quantized online to {self.online}" if self.online else ""),
+            device=self.device.name,
+            dtype=self.dtype,
+            decisions=tuple(decisions),
+            caches=tuple(caches),
+            plugins=self.registry.versions(),
+            policy=self.policy.to_json(),
+            notes=tuple(self._notes()),
+        )
+
+    def _notes(self) -> list[str]:
+        notes = [*self.config.inferred]
+        notes += [f"rule {rule.matcher} of the config meant no module" for rule in self.config.stale()]
+        by_reason: dict[str, int] = {}
+        for reason in self.cover.ignored.values():
+            by_reason[reason] = by_reason.get(reason, 0) + 1
+        notes += [f"{count} tensors were left unread: {reason}" for reason, count in by_reason.items()]
+        if self.config.metadata:
+            notes.append(f"config keys that change no number: {', '.join(sorted(self.config.metadata))}")
+        return notes
+
+    def _decide(self, layer: LayerSpec) -> Decision:
+        parts = self._stored_parts(layer)
+        notes: list[str] = []
+        quants = [self._part(layer, part, len(parts) == 1, notes) for part in parts]
+        runs: list[tuple[list[StoredPart], LayerQuant | None]] = []
+        for part, quant in zip(parts, quants, strict=True):
+            if runs and runs[-1][1] == quant:
+                runs[-1][0].append(part)
+            else:
+                runs.append(([part], quant))
+        if len(runs) > 1:
+            notes.append("its parts have different quantizations, so they run as separate weights")
+        segments = tuple(self._segment(layer, tuple(run), quant) for run, quant in runs)
+        return Decision(layer, segments, tuple(notes))
+
+    def _stored_parts(self, layer: LayerSpec) -> tuple[StoredPart, ...]:
+        for parts in () if self.assumed else layer.alternatives:
+            if all(self._present(part.name) for part in parts):
+                return parts
+        return layer.alternatives[0]
+
+    def _present(self, module: str) -> bool:
+        """True where some tensor is stored under ``module``: ``module.weight``, or ``module_scales`` of a template."""
+        for start in (f"{module}.", f"{module}_"):
+            at = bisect.bisect_left(self._names, start)
+            if at < len(self._names) and self._names[at].startswith(start):
+                return True
+        return module in self.source.tensors
+
+    def _part(self, layer: LayerSpec, part: StoredPart, alone: bool, notes: list[str]) -> LayerQuant | None:
+        """Claim the tensors of one part, and say how it is quantized."""
+        own = (layer.name,) if alone else ()
+        names = tuple(dict.fromkeys([part.name, *own, *layer.names]))
+        quant = self.config.quant_for(ModuleName(names, layer.module_class))
+        if self.assumed:
+            return quant
+        if quant is not None and layer.op == "embedding" and not self._has(part, quant):
+            quant = None
+        plain = f"{part.name}.weight"
+        if quant is not None and not self._has(part, quant) and self._is_float(plain):
+            notes.append("the config says quantized and the file holds 16 bit; the file is right, because nothing else is stored for it")
+            quant = None
+        if quant is None:
+            if not (layer.tied_to and plain not in self.source.tensors):
+                self._claim_plain(plain, layer, part)
+            return None
+        self._claim_quantized(layer, part, quant)
+        return quant
+
+    def _has(self, part: StoredPart, quant: LayerQuant) -> bool:
+        """True where every tensor that the layout requires is stored with a dtype that it takes."""
+        required = [t for t in self.layout(quant.layout).tensors(quant) if not t.optional]
+        found = [self.source.tensors.get(t.full_name(part.name)) for t in required]
+        return all(info is not None and info.dtype in t.dtypes for info, t in zip(found, required, strict=True))
+
+    def _is_float(self, name: str) -> bool:
+        info = self.source.tensors.get(name)
+        return info is not None and info.dtype in FLOATS
+
+    def _claim_plain(self, name: str, layer: LayerSpec, part: StoredPart) -> None:
+        info = self.source.tensors.get(name)
+        if info is None:
+            self.cover.miss(name, layer.name)
+            return
+        self.cover.claim(name, layer.name, _span(part))
+        shape = (part.stored_n or part.n, layer.k)
+        stored = info.shape[1:] if part.expert is not None else info.shape
+        if info.dtype not in FLOATS:
+            self.cover.mistake(f"{name} is {info.dtype} where the config leaves the layer at 16 bit")
+        elif stored != shape:
+            self.cover.mistake(f"{name} has shape {list(info.shape)} where {layer.name} needs {list(shape)}")
+
+    def _claim_quantized(self, layer: LayerSpec, part: StoredPart, quant: LayerQuant) -> None:
+        sizes = sizes_of(layer, part)
+        for tensor in self.layout(quant.layout).tensors(quant):
+            name = tensor.full_name(part.name)
+            info = self.source.tensors.get(name)
+            if info is None:
+                if not tensor.optional:
+                    self.cover.miss(name, f"{layer.name} as {quant.layout} {quant.scheme}")
+                continue
+            self.cover.claim(name, layer.name, _span(part))
+            shape = info.shape
+            if part.expert is not None and shape and "E" in "".join(tensor.axes):
+                sizes = {**sizes, "E": shape[0]}
+            if info.dtype not in tensor.dtypes:
+                self.cover.mistake(f"{name} is {info.dtype} where {quant.layout} has {' or '.join(tensor.dtypes)}")
+            elif tensor.match(shape, sizes) is None:
+                self.cover.mistake(
+                    f"{name} has shape {list(shape)} where {quant.layout} {quant.scheme} of [{sizes['N']}, {sizes['K']}] needs "
+                    f"{tensor.shapes(sizes)}"
+                )
+
+    def _segment(self, layer: LayerSpec, parts: tuple[StoredPart, ...], quant: LayerQuant | None) -> Segment:
+        online = None
+        if quant is None and self.online is not None and self.online.weight is not None and layer.op in ONLINE_OPS:
+            online = online_scheme(self.online, layer.local_k)
+        scheme = online or (quant.scheme if quant else None)
+        if scheme is None:
+            return Segment(parts, quant, None, None)
+        problem = Problem(layer.op, scheme, sum(p.n for p in parts), layer.local_k, self.dtype)
+        return Segment(parts, quant, online, self.resolver.choose(problem, layer.name))
+
+    def _fill(self, slot: PlainSlot) -> None:
+        for names in (*((name,) for name in slot.names), *slot.pieces):
+            if all(name in self.source.tensors for name in names):
+                self._claim_slot(slot, names)
+                return
+        if not slot.optional:
+            self.cover.miss(slot.names[0] if slot.names else slot.pieces[0][0], slot.name)
+
+    def _claim_slot(self, slot: PlainSlot, names: tuple[str, ...]) -> None:
+        infos = [self.source.tensors[name] for name in names]
+        for info in infos:
+            self.cover.claim(info.name, slot.name)
+            if info.dtype not in (*FLOATS, "F64", "I64", "I32", "BOOL"):
+                self.cover.mistake(f"{info.name} is {info.dtype} where {slot.name} is a plain parameter")
+        rows = sum(info.shape[0] for info in infos) if slot.shape and all(i.shape for i in infos) else 0
+        shape = infos[0].shape if len(infos) == 1 else (rows, *infos[0].shape[1:])
+        if shape != slot.shape:
+            self.cover.mistake(f"{names[0]} has shape {list(shape)} where {slot.name} needs {list(slot.shape)}")
+
+    def _caches(self, layers: Sequence[LayerSpec]) -> list[CacheDecision]:
+        found = []
+        for layer in layers:
+            if layer.op != "kv_cache" or self.format is None:
+                continue
+            scales = {}
+            for role, name in self.format.kv_tensors(layer.name).items():
+                if name in self.source.tensors:
+                    self.cover.claim(name, layer.name)
+                    scales[role] = name
+            if self.config.kv is not None:
+                found.append(CacheDecision(layer.name, self.config.kv, scales))
+            elif scales:
+                self.cover.mistake(f"{next(iter(scales.values()))} is a KV-cache scale and the config names no KV-cache scheme")
+        return found
+
+
+def sizes_of(layer: LayerSpec, part: StoredPart) -> dict[str, int]:
+    """Logical N and K of a part as it is stored, whole."""
+    return {"N": part.stored_n or part.n, "K": layer.k}
+
+
+def _span(part: StoredPart) -> tuple[int, int] | None:
+    """What of a stored tensor a part takes, for the cover: an expert, rows, or all."""
+    if part.expert is not None:
+        return (part.expert, part.expert + 1)
+    if part.rows is not None and (part.rows != (0, part.stored_n)):
+        return part.rows
+    return None
+
+
+def plan(
+    checkpoint: str | Path | Source | dict[str, Any],
+    layers: Sequence[LayerSpec],
+    slots: Sequence[PlainSlot] = (),
+    *,
+    device: str | Device | None = None,
+    dtype: str = "bfloat16",
+    tp: tuple[int, int] = (0, 1),
+    parallel: dict[str, str] | None = None,
+    policy: Policy | None = None,
+    quantize: str | QuantScheme | None = None,
+    complete: bool | None = None,
+    registry: Registry | None = None,
+) -> QuantPlan:
+    """The plan of a checkpoint for an engine's layers. Reads headers only.
+
+    checkpoint
+        A path, an opened :class:`Source`, or a ``quantization_config`` as a dict, where an engine knows the config before the
+        files: then tensors are taken to be as the config says, and the cover is checked when they come.
+    layers, slots
+        What the engine needs; whole layers, of which ``tp`` ``(rank, world)`` takes its part where ``parallel`` (pattern of
+        layer names to ``"N"`` or ``"K"``) says so.
+    complete
+        The layers and slots are the whole model; default: True where slots are given.
+    """
+    source = checkpoint if isinstance(checkpoint, Source) else None
+    if isinstance(checkpoint, dict):
+        source = assumed_source(checkpoint)
+    elif source is None:
+        source = Source.open(str(checkpoint))
+    target = Device.from_name(device) if isinstance(device, str) else device
+    planner = Planner(source, target, dtype, policy, quantize, registry, assumed=isinstance(checkpoint, dict))
+    rank, world = tp
+    if not 0 <= rank < world:
+        raise UsageError(f"tp=({rank}, {world}) was given; a rank from 0 to {world - 1} of at least 1 is needed")
+    local = [_shard(layer, rank, world, parallel or {}) for layer in layers]
+    return planner.plan(local, slots, bool(slots) if complete is None else complete)
+
+
+def _shard(layer: LayerSpec, rank: int, world: int, parallel: dict[str, str]) -> LayerSpec:
+    axis = next((a for pattern, a in parallel.items() if fnmatchcase(layer.name, pattern)), None)
+    if axis is None or world == 1:
+        return layer
+    if axis not in ("N", "K"):
+        raise UsageError(f"parallel axis {axis!r} was given for {layer.name}; 'N' (column parallel) or 'K' (row parallel) is needed")
+    return layer.sharded("N" if axis == "N" else "K", rank, world)
+
+
+def assumed_source(quant_config: dict[str, Any]) -> Source:
+    """A source without files, for an engine that knows the config before the tensors."""
+    return Source(Path("config"), {"quantization_config": quant_config}, quant_config, "quantization_config", {}, {}, {})

@@ -1,0 +1,1 @@
+"""The definition of correct: plain torch, every scheme, every device, no speed."""

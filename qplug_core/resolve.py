@@ -1,0 +1,155 @@
+"""Resolver: which kernel takes a problem on this device, and why each other one does not."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from typing import Any
+
+from .decl import KernelDecl, Rank
+from .device import Device
+from .errors import NoKernel, PluginError, UsageError
+from .kernel import Kernel, Problem
+from .registry import Registry
+from .support import Refusal
+
+
+@dataclass(frozen=True)
+class Policy:
+    """What the user wants of the choice.
+
+    kernels
+        ``auto`` takes the best; ``reference`` takes the reference kernels only, as an oracle.
+    pin
+        Layer pattern (fnmatch) to kernel name; the first pattern that matches decides.
+    forbid
+        Kernel patterns that are never taken; ``core.*`` forbids the reference kernels, which makes a missing kernel an error.
+    """
+
+    kernels: str = "auto"
+    pin: Mapping[str, str] = field(default_factory=dict)
+    forbid: frozenset[str] = frozenset()
+
+    def __post_init__(self) -> None:
+        if self.kernels not in ("auto", "reference"):
+            raise UsageError(f"kernels={self.kernels!r} was given; 'auto' or 'reference' is needed (pin one kernel with pin=)")
+
+    def pinned(self, layer: str) -> str | None:
+        """The kernel that the user pinned for a layer."""
+        return next((kernel for pattern, kernel in self.pin.items() if fnmatchcase(layer, pattern)), None)
+
+    def forbidden(self, kernel: str) -> bool:
+        """True where the user forbids a kernel."""
+        return any(fnmatchcase(kernel, pattern) for pattern in self.forbid)
+
+    def to_json(self) -> dict[str, Any]:
+        """The three fields."""
+        return {"kernels": self.kernels, "pin": dict(self.pin), "forbid": sorted(self.forbid)}
+
+
+@dataclass(frozen=True)
+class Tried:
+    """One kernel that was not taken, with every reason."""
+
+    kernel: str
+    refusals: tuple[Refusal, ...]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The kernel that was taken, how it does the scheme, what decided, and all others with their reasons."""
+
+    kernel: str
+    mode: str
+    why: str
+    tried: tuple[Tried, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """Kernel, mode, reason, and refusals of the others."""
+        tried = {t.kernel: [r.to_json() for r in t.refusals] for t in self.tried}
+        return {"kernel": self.kernel, "mode": self.mode, "why": self.why, "tried": tried}
+
+
+class Resolver:
+    """Chooses kernels for one device under one policy. Deterministic: pin, then rank, then name."""
+
+    def __init__(self, registry: Registry, device: Device, policy: Policy) -> None:
+        self.registry = registry
+        self.device = device
+        self.policy = policy
+        self._seen: dict[tuple[Problem, str | None], Choice] = {}
+        known = {decl.name for decl in registry.kernels}
+        for pattern, name in policy.pin.items():
+            if name not in known:
+                raise UsageError(
+                    f"kernel {name!r} is pinned for {pattern!r} and is not installed; installed are {', '.join(sorted(known))}"
+                )
+
+    def choose(self, problem: Problem, layer: str = "") -> Choice:
+        """The kernel for ``problem``.
+
+        :raises NoKernel: where a pinned kernel refuses, or every kernel does because the reference one is forbidden.
+        """
+        pinned = self.policy.pinned(layer)
+        key = (problem, pinned)
+        if key not in self._seen:
+            self._seen[key] = self._choose(problem, layer, pinned)
+        return self._seen[key]
+
+    def kernel(self, name: str) -> Kernel:
+        """The kernel itself, imported and instantiated once."""
+        loaded: Kernel = self.registry.load(self.registry.kernel(name))
+        return loaded
+
+    def _choose(self, problem: Problem, layer: str, pinned: str | None) -> Choice:
+        tried: list[Tried] = []
+        taken: KernelDecl | None = None
+        for decl in sorted(self.registry.kernels, key=lambda d: (-d.rank, d.name)):
+            if problem.op not in decl.ops:
+                continue
+            reasons = self.refusals(decl, problem)
+            if not reasons and pinned is not None and decl.name != pinned:
+                reasons = [Refusal("policy", f"kernel {pinned} is pinned", "this kernel's name", "change the pin")]
+            if not reasons and taken is not None:
+                reasons = [Refusal("rank", f"rank {decl.rank}", f"more than {taken.rank}, the rank of {taken.name}", "pin it to use it")]
+            if reasons:
+                tried.append(Tried(decl.name, tuple(reasons)))
+            elif taken is None:
+                taken = decl
+        if taken is None:
+            details = "; ".join(f"{t.kernel}: {t.refusals[0]}" for t in tried) or f"no kernel is declared for {problem.op}"
+            raise NoKernel(
+                f"no kernel takes {layer or problem.op} ({problem.scheme}, [{problem.n}, {problem.k}], {problem.dtype}) on "
+                f"{self.device.name}: {details}; allow the reference kernels or change the pin"
+            )
+        why = "pinned by the user" if pinned else "the policy asks for reference kernels" if self._reference_only else "rank"
+        return Choice(taken.name, taken.mode, why, tuple(tried))
+
+    @property
+    def _reference_only(self) -> bool:
+        return self.policy.kernels == "reference"
+
+    def refusals(self, decl: KernelDecl, problem: Problem) -> list[Refusal]:
+        """Every reason why a kernel does not take ``problem`` here, from its declaration first, then from itself."""
+        reasons = []
+        if self._reference_only and decl.rank != Rank.REFERENCE:
+            reasons.append(Refusal("policy", "kernels='reference'", "kernels='auto'"))
+        if self.policy.forbidden(decl.name):
+            reasons.append(Refusal("policy", "forbidden by the user", "a kernel that is allowed", "drop it from forbid"))
+        if not any(self.device.matches(pattern) for pattern in decl.devices):
+            reasons.append(Refusal("device", self.device.name, " or ".join(decl.devices)))
+        if mismatch := decl.pattern_for(problem.scheme):
+            reasons.append(Refusal("scheme", mismatch, " or ".join(decl.schemes)))
+        if problem.dtype not in decl.dtypes:
+            reasons.append(Refusal("dtype", f"{problem.dtype} activations", " or ".join(decl.dtypes)))
+        if reasons:
+            return reasons
+        reasons += self.registry.kernel_requirements(decl)
+        if reasons:
+            return reasons
+        try:
+            kernel: Kernel = self.registry.load(decl)
+        except PluginError as error:
+            return [Refusal("import", str(error), "an implementation that imports", "run qplug doctor")]
+        return kernel.supports(problem, self.device)
