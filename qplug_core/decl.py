@@ -245,6 +245,10 @@ class QuantizerDecl:
         for text in self.schemes:
             SchemePattern(text)
 
+    def makes(self, scheme: QuantScheme) -> bool:
+        """True where the algorithm makes ``scheme``."""
+        return any(SchemePattern(text).matches(scheme) for text in self.schemes)
+
 
 @dataclass(frozen=True)
 class ConfigDecl:

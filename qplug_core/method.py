@@ -184,7 +184,7 @@ class HubMethod:
         layer = self.decision.layer
         dtype = str(self.dtype).removeprefix("torch.")
         problem = problem_of(weight, layer.op, dtype)
-        decl = self.resolver.registry.kernel(planned.kernel)
+        decl = self.resolver.registry.kernel(planned.kernel).decl
         reasons = self.resolver.refusals(decl, problem)
         if not reasons:
             return planned
@@ -204,7 +204,8 @@ def online_quantizer(resolver: Resolver, scheme: QuantScheme) -> Quantizer:
 
     :raises PluginError: where none is installed.
     """
-    found = [d for d in resolver.registry.quantizers if not d.calibrated and d.makes(scheme)]
+    declared = [entry.decl for entry in resolver.registry.quantizers]
+    found = [d for d in declared if not d.calibrated and d.makes(scheme)]
     if not found:
         raise PluginError(
             f"no installed quantizer makes {scheme} from a 16-bit weight at load; see the online column of `qplug list-methods`"
@@ -269,7 +270,12 @@ def read_plain(source: TensorSource, layer: LayerSpec, part: StoredPart) -> Tens
     rows = slice(*part.rows) if part.rows else slice(None)
     columns = slice(*layer.columns) if layer.columns else slice(None)
     index: tuple[slice | int, ...] = (rows, columns)
-    return source.read(f"{part.name}.weight", index if part.expert is None else (part.expert, *index))
+    return source.read(plain_name(source, part), index if part.expert is None else (part.expert, *index))
+
+
+def plain_name(source: TensorSource, part: StoredPart) -> str:
+    """Stored name of a 16-bit weight: experts that are one tensor have no ``.weight``."""
+    return part.name if part.name in source.tensors else f"{part.name}.weight"
 
 
 def stored_names(segment: Segment, source: TensorSource, layout: Callable[[str], CheckpointFormat]) -> list[str]:
@@ -277,7 +283,7 @@ def stored_names(segment: Segment, source: TensorSource, layout: Callable[[str],
     names = []
     for part in segment.parts:
         if segment.quant is None:
-            names.append(f"{part.name}.weight")
+            names.append(plain_name(source, part))
         else:
             names += [t.full_name(part.name) for t in layout(segment.quant.layout).tensors(segment.quant)]
     return [name for name in names if name in source.tensors]

@@ -16,6 +16,7 @@ from .errors import ConfigError, CoverError, UsageError
 from .format import CheckpointFormat
 from .kernel import Problem
 from .layer import LayerSpec, PlainSlot, StoredPart
+from .method import plain_name
 from .plan import CacheDecision, Decision, QuantPlan, Segment
 from .quantizer import online_scheme
 from .registry import Registry, get_registry
@@ -33,20 +34,21 @@ def read_config(source: Source, registry: Registry) -> tuple[QuantizationConfig,
     :raises ConfigError: where no installed format reads it.
     """
     declared = source.quant_config
-    method = ""
-    if declared is not None:
-        method = str(declared.get("quant_method") or declared.get("quant_algo") or "").lower()
-    decl = registry.format_for(method, frozenset(source.files))
-    if decl is None and (declared is not None or method):
-        known = ", ".join(sorted(f.name for f in registry.formats)) or "none"
+    entries = [*registry.formats, *registry.configs]
+    claimed = [e for e in entries if any(file in source.files for file in e.decl.files)]
+    if declared is not None and (method := str(declared.get("quant_method") or "").lower()):
+        chosen = registry.format_for_method(method).decl
+    elif claimed:
+        chosen = claimed[0].decl
+    elif declared is not None:
         raise ConfigError(
-            f"{source.quant_config_from} of {source.path} says quant_method {method!r}, which no installed plugin reads (installed: "
-            f"{known}); install the plugin for it, or see `qplug list-methods`"
+            f"{source.quant_config_from} of {source.path} has no quant_method and no installed plugin knows the file; add the "
+            "quant_method of the tool that wrote it"
         )
-    if decl is None:
+    else:
         return QuantizationConfig("", []), None
-    fmt: CheckpointFormat = registry.load(decl)
-    return fmt.parse(source), fmt
+    loaded = registry.load(chosen)
+    return loaded.parse(source), loaded if isinstance(loaded, CheckpointFormat) else None
 
 
 class Planner:
@@ -84,7 +86,7 @@ class Planner:
     def layout(self, name: str) -> CheckpointFormat:
         """The format that decodes a layout."""
         if name not in self._formats:
-            self._formats[name] = self.registry.load(self.registry.layout(name))
+            self._formats[name] = self.registry.load(self.registry.layout(name).decl)
         return self._formats[name]
 
     def plan(self, layers: Sequence[LayerSpec], slots: Sequence[PlainSlot] = (), complete: bool = True) -> QuantPlan:
@@ -113,7 +115,7 @@ class Planner:
             dtype=self.dtype,
             decisions=tuple(decisions),
             caches=tuple(caches),
-            plugins=self.registry.versions(),
+            plugins={row.distribution: row.version for row in self.registry.plugins if row.state == "ready"},
             policy=self.policy.to_json(),
             notes=tuple(self._notes()),
         )
@@ -167,7 +169,7 @@ class Planner:
             return quant
         if quant is not None and layer.op == "embedding" and not self._has(part, quant):
             quant = None
-        plain = f"{part.name}.weight"
+        plain = plain_name(self.source, part)
         if quant is not None and not self._has(part, quant) and self._is_float(plain):
             notes.append("the config says quantized and the file holds 16 bit; the file is right, because nothing else is stored for it")
             quant = None

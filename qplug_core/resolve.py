@@ -9,7 +9,7 @@ from typing import Any
 
 from .decl import KernelDecl, Rank
 from .device import Device
-from .errors import NoKernel, PluginError, UsageError
+from .errors import NoKernel, UsageError
 from .kernel import Kernel, Problem
 from .registry import Registry
 from .support import Refusal
@@ -79,7 +79,7 @@ class Resolver:
         self.device = device
         self.policy = policy
         self._seen: dict[tuple[Problem, str | None], Choice] = {}
-        known = {decl.name for decl in registry.kernels}
+        known = {entry.decl.name for entry in registry.kernels}
         for pattern, name in policy.pin.items():
             if name not in known:
                 raise UsageError(
@@ -99,13 +99,13 @@ class Resolver:
 
     def kernel(self, name: str) -> Kernel:
         """The kernel itself, imported and instantiated once."""
-        loaded: Kernel = self.registry.load(self.registry.kernel(name))
+        loaded: Kernel = self.registry.load(self.registry.kernel(name).decl)
         return loaded
 
     def _choose(self, problem: Problem, layer: str, pinned: str | None) -> Choice:
         tried: list[Tried] = []
         taken: KernelDecl | None = None
-        for decl in sorted(self.registry.kernels, key=lambda d: (-d.rank, d.name)):
+        for decl in sorted((entry.decl for entry in self.registry.kernels), key=lambda d: (-d.rank, d.name)):
             if problem.op not in decl.ops:
                 continue
             reasons = self.refusals(decl, problem)
@@ -148,8 +148,7 @@ class Resolver:
         reasons += self.registry.kernel_requirements(decl)
         if reasons:
             return reasons
-        try:
-            kernel: Kernel = self.registry.load(decl)
-        except PluginError as error:
-            return [Refusal("import", str(error), "an implementation that imports", "run qplug doctor")]
+        if (failed := self.registry.load_refusal(decl)) is not None:
+            return [failed]
+        kernel: Kernel = self.registry.load(decl)
         return kernel.supports(problem, self.device)

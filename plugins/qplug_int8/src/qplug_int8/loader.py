@@ -212,7 +212,8 @@ def _storable(weight: QuantWeight | OpaqueWeight) -> QuantWeight:
         raise CannotEncode(f"a weight with {what} was given; int8 has no tensor for it, so choose another format")
     if weight.zeros is not None and weight.zeros.numel() and not 0 <= int(weight.zeros.min()) <= int(weight.zeros.max()) <= 255:
         raise CannotEncode(
-            f"zero points from {int(weight.zeros.min())} to {int(weight.zeros.max())} were given; int8 holds 0 to 255, so choose "
+            f"zero points from {int(weight.zeros.min())} to {int(weight.zeros.max())} were given; int8 holds 0 to 255, "
+            "so choose "
             "another format"
         )
     return weight

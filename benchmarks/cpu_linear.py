@@ -1,0 +1,302 @@
+"""Linear kernels on this CPU, side by side with torch's own and with the read limit of the memory, all in one run.
+
+    python benchmarks/cpu_linear.py [--threads 2] [--quick] [--json OUT]
+
+Every call reads other copies of the weight than the last one, together larger than the cache. Contenders take turns in rounds; a time
+is the 10th percentile of all calls. GB/s counts the packed weight, scales included. The error is relative Frobenius, against
+float64 on the dequantized weight (so it includes what quantizing activations costs).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from datetime import datetime, timezone
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from qplug_core.device import Device
+from qplug_core.kernels import builder
+from qplug_core.kernels.cpu_w8a8 import CpuInt8
+from qplug_core.kernels.cpu_weight_only import CpuWeightOnly
+from qplug_core.scheme import QuantScheme
+from qplug_core.testing.weights import random_weight
+
+SHAPES = ((4096, 4096), (11008, 4096), (4096, 11008))
+TOKENS = (1, 8, 512)
+CACHE = 96 * 2**20
+"""Bytes of copies to go round: three times the largest L3 cache that one core sees today, roughly."""
+
+SLOW = 4.0
+"""Seconds: a contender that would take longer for one call is left out, with its estimate."""
+
+Call = Callable[[Tensor], Tensor]
+
+
+@dataclass
+class Contender:
+    """A way to multiply: calls on copies of one weight, bytes of one copy, dtype of x, and the weight it stands for."""
+
+    name: str
+    calls: list[Call]
+    nbytes: int
+    dtype: torch.dtype
+    weight: Tensor
+
+
+@dataclass
+class Row:
+    """One measured time."""
+
+    n: int
+    k: int
+    m: int
+    name: str
+    ms: float
+    gb_per_s: float
+    of_read_limit: float
+    gflop_per_s: float
+    error: float
+
+
+class WeightOnly(CpuWeightOnly):
+    name = "benchmark"
+    bits = (2, 3, 4, 8)
+
+
+class Int8(CpuInt8):
+    name = "benchmark"
+
+
+def read_limit(rounds: int) -> float:
+    """Best GB/s of a sum over 1 GiB of int64, with as many threads as torch uses."""
+    data = torch.ones(2**27, dtype=torch.int64)
+    best = 0.0
+    for _ in range(rounds):
+        start = time.perf_counter()
+        data.sum()
+        best = max(best, data.nbytes / (time.perf_counter() - start) / 1e9)
+    return best
+
+
+def copies(nbytes: int, make: Callable[[], Call]) -> list[Call]:
+    return [make() for _ in range(max(1, -(-CACHE // nbytes)))]
+
+
+def ours(scheme: str, n: int, k: int, dtype: torch.dtype) -> Contender:
+    parsed = QuantScheme.parse(scheme)
+    kernel = WeightOnly() if parsed.act is None else Int8()
+    weight = random_weight(parsed, n, k, torch.Generator().manual_seed(0), scale_dtype=torch.float16)
+    packed = kernel.pack(weight)
+
+    def make() -> Call:
+        own = kernel.pack(weight)
+        return lambda x: kernel.apply(x, own)
+
+    name = f"qplug {scheme} {str(dtype).removeprefix('torch.')}"
+    return Contender(name, copies(packed.nbytes, make), packed.nbytes, dtype, weight.dequantize())
+
+
+def plain(n: int, k: int, dtype: torch.dtype) -> Contender:
+    weight = torch.randn(n, k, dtype=dtype)
+
+    def make() -> Call:
+        own = weight.clone()
+        return lambda x: F.linear(x, own)
+
+    return Contender(f"F.linear {str(dtype).removeprefix('torch.')}", copies(weight.nbytes, make), weight.nbytes, dtype, weight.float())
+
+
+def int8pack(n: int, k: int) -> Contender:
+    codes = torch.randint(-127, 128, (n, k), dtype=torch.int8)
+    scales = torch.rand(n).bfloat16()
+
+    def make() -> Call:
+        own = codes.clone()
+        return lambda x: torch._weight_int8pack_mm(x, own, scales)
+
+    weight = codes.float() * scales.float()[:, None]
+    return Contender("torch._weight_int8pack_mm bfloat16", copies(codes.nbytes, make), codes.nbytes, torch.bfloat16, weight)
+
+
+def int4pack(n: int, k: int) -> Contender:
+    codes = torch.randint(0, 16, (n, k), dtype=torch.int32)
+    scales = torch.rand(k // 128, n, 1).bfloat16()
+    both = torch.cat([scales, torch.zeros_like(scales)], dim=-1)
+    packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1)
+
+    def make() -> Call:
+        own = packed.clone()
+        return lambda x: torch.ops.aten._weight_int4pack_mm_for_cpu(x, own, 128, both)
+
+    weight = (codes.float() - 8) * scales.float().squeeze(-1).T.repeat_interleave(128, dim=1)
+    nbytes = packed.nbytes + both.nbytes
+    return Contender("torch._weight_int4pack_mm_for_cpu bfloat16", copies(nbytes, make), nbytes, torch.bfloat16, weight)
+
+
+def int_mm(n: int, k: int) -> Contender:
+    codes = torch.randint(-127, 128, (k, n), dtype=torch.int8)
+
+    def make() -> Call:
+        own = codes.clone()
+        # Codes only: the activations are rounded, but no scale is computed or applied.
+        return lambda x: torch._int_mm(x.clamp(-127, 127).to(torch.int8), own)
+
+    return Contender("torch._int_mm, codes only", copies(codes.nbytes, make), codes.nbytes, torch.float32, codes.T.float())
+
+
+def contenders(n: int, k: int) -> list[Contender]:
+    bf16 = torch.bfloat16
+    return [
+        *(ours(s, n, k, bf16) for s in ("W2A16_g128", "W3A16_g128", "W4A16_g128", "W4A16_g128_asym", "W8A16", "W8A8")),
+        ours("W4A16_g128", n, k, torch.float32),
+        plain(n, k, torch.float32),
+        plain(n, k, bf16),
+        int8pack(n, k),
+        int4pack(n, k),
+        int_mm(n, k),
+    ]
+
+
+def measure(shape: tuple[int, int], m: int, group: list[Contender], limit: float, seconds: float) -> list[Row]:
+    """Rounds in which every contender is called twice, until each had ``seconds`` (and at least 3 rounds)."""
+    n, k = shape
+    x = torch.randn(m, k)
+    times: dict[str, list[float]] = {c.name: [] for c in group}
+    errors: dict[str, float] = {}
+    for c in group:
+        # int8 matrices of torch want more than 16 rows.
+        given = x.round() if c.name.startswith("torch._int_mm") else x
+        start = time.perf_counter()
+        y = c.calls[0](given[:1].to(c.dtype)) if not c.name.startswith("torch._int_mm") else None
+        single = time.perf_counter() - start
+        if y is None and m <= 16:
+            print(f"  {c.name}: takes more than 16 rows only")
+            times.pop(c.name)
+            continue
+        if c.name == "F.linear bfloat16" and single * m / 2 > SLOW:
+            print(f"  {c.name}: left out, one call would take up to {single * m:.0f} s here")
+            times.pop(c.name)
+            continue
+        rows = given[: min(m, 32)].to(c.dtype)
+        exact = rows.double() @ c.weight.double().T
+        errors[c.name] = float((c.calls[0](rows).double() - exact).norm() / exact.norm())
+    order = [c for c in group if c.name in times]
+    given_x = {c.name: (x.round() if c.name.startswith("torch._int_mm") else x).to(c.dtype) for c in order}
+    used = {c.name: 0.0 for c in order}
+    turn = 0
+    while any(used[c.name] < seconds or len(times[c.name]) < 6 for c in order):
+        for c in order[turn % len(order) :] + order[: turn % len(order)]:
+            if used[c.name] >= seconds and len(times[c.name]) >= 6:
+                continue
+            for _ in range(2):
+                call = c.calls[len(times[c.name]) % len(c.calls)]
+                start = time.perf_counter()
+                call(given_x[c.name])
+                times[c.name].append(time.perf_counter() - start)
+                used[c.name] += times[c.name][-1]
+        turn += 1
+    rows_out = []
+    for c in order:
+        best = sorted(times[c.name])[len(times[c.name]) // 10]
+        rate = c.nbytes / best / 1e9
+        rows_out.append(Row(n, k, m, c.name, best * 1e3, rate, rate / limit, 2 * m * n * k / best / 1e9, errors[c.name]))
+    return rows_out
+
+
+def overhead() -> dict[str, float]:
+    """Microseconds of one call on a weight [16, 32] at M = 1: the bare C function, the operation, and ``apply``."""
+    import qplug_core.kernels.cpu_weight_only as module
+
+    kernel = WeightOnly()
+    packed = kernel.pack(random_weight(QuantScheme.parse("W4A16_g32"), 16, 32))
+    t = packed.tensors
+    x = torch.randn(1, 32).bfloat16()
+    y = torch.empty(1, 16).bfloat16()
+    function = module._function()
+    arguments = (
+        y.data_ptr(), x.data_ptr(), t["codes"].data_ptr(), t["scales"].data_ptr(), None, t["segments"].data_ptr(), None, None,
+        1, 16, 32, 32, 1, 1, 4, 1, 0, 0, 1,
+    )  # fmt: skip
+    int8 = Int8()
+    int8_packed = int8.pack(random_weight(QuantScheme.parse("W8A8"), 16, 32))
+    linear = torch.nn.Linear(32, 16, dtype=torch.bfloat16)
+    operation = module.weight_only
+    calls: dict[str, Callable[[], object]] = {
+        "C function through ctypes": lambda: function(*arguments),
+        "operation qplug::weight_only": lambda: operation(x, t["codes"], t["scales"], None, t["segments"], None, None, 16, 4),
+        "apply of weight-only": lambda: kernel.apply(x, packed),
+        "apply of W8A8": lambda: int8.apply(x, int8_packed),
+        "nn.Linear bfloat16": lambda: linear(x),
+    }
+    found = {}
+    with torch.inference_mode():
+        for name, call in calls.items():
+            samples = []
+            for _ in range(30):
+                start = time.perf_counter()
+                for _ in range(500):
+                    call()
+                samples.append((time.perf_counter() - start) / 500 * 1e6)
+            found[name] = sorted(samples)[3]
+    return found
+
+
+def machine() -> dict[str, object]:
+    version = subprocess.run(["cc", "--version"], capture_output=True, text=True, check=False).stdout.splitlines()[:1]
+    return {
+        "cpu": Device.cpu().name,
+        "kernels_for": builder.instruction_set(Device.cpu()),
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "compiler": version[0] if version else "",
+        "system": platform.platform(),
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "command": " ".join(sys.argv),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--seconds", type=float, default=1.0, help="for each contender, shape and M")
+    parser.add_argument("--quick", action="store_true", help="the first shape only")
+    parser.add_argument("--json", metavar="OUT")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    torch.manual_seed(0)
+    facts = machine()
+    print(", ".join(f"{name}: {value}" for name, value in facts.items()))
+    calls = overhead()
+    print("\nmicroseconds for one call, [16, 32], M = 1, inference mode")
+    for name, us in calls.items():
+        print(f"  {name:34s}{us:8.1f}")
+    rows, limits = [], []
+    with torch.inference_mode():
+        for shape in SHAPES[:1] if options.quick else SHAPES:
+            group = contenders(*shape)
+            for m in TOKENS:
+                limits.append(read_limit(8))
+                print(f"\n[N, K] = {list(shape)}, M = {m}, read limit {limits[-1]:.1f} GB/s")
+                print(f"  {'':44s}{'ms':>9s}{'GB/s':>8s}{'of limit':>10s}{'GFLOP/s':>10s}{'error':>11s}")
+                for row in measure(shape, m, group, limits[-1], options.seconds):
+                    rows.append(row)
+                    print(
+                        f"  {row.name:44s}{row.ms:9.3f}{row.gb_per_s:8.1f}{row.of_read_limit:10.0%}{row.gflop_per_s:10.1f}{row.error:11.1e}"
+                    )
+    if options.json:
+        result = {"schema": 1, "machine": facts, "read_limits": limits, "overhead_us": calls, "rows": [asdict(r) for r in rows]}
+        with open(options.json, "w") as out:
+            json.dump(result, out, indent=1)
+
+
+if __name__ == "__main__":
+    main()

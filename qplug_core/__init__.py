@@ -1,0 +1,44 @@
+"""qplug: quantization methods for LLM inference engines, from separately installed packages."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .device import Device as Device
+    from .engine.engine import Engine as Engine
+    from .engine.engine import load as load
+    from .hookspecs import hookimpl as hookimpl
+    from .layer import LayerSpec as LayerSpec
+    from .layer import PlainSlot as PlainSlot
+    from .layer import StoredPart as StoredPart
+    from .plan import QuantPlan as QuantPlan
+    from .planner import plan as plan
+    from .resolve import Policy as Policy
+    from .scheme import QuantScheme as QuantScheme
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "Device": "device",
+    "Engine": "engine.engine",
+    "LayerSpec": "layer",
+    "PlainSlot": "layer",
+    "Policy": "resolve",
+    "QuantPlan": "plan",
+    "QuantScheme": "scheme",
+    "StoredPart": "layer",
+    "hookimpl": "hookspecs",
+    "load": "engine.engine",
+    "plan": "planner",
+}
+
+__all__ = [*_HOMES, "__version__"]  # noqa: PLE0604
+
+
+def __getattr__(name: str) -> Any:
+    """Names come when they are asked for, so that ``import qplug_core`` imports no torch."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'qplug_core' has no attribute {name!r}")
+    return getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)

@@ -1,0 +1,345 @@
+"""Engine: load a checkpoint, look at its logits, generate text."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor, nn
+from transformers import AutoTokenizer, GenerationConfig, TextIteratorStreamer
+
+from ..config import QuantizationConfig
+from ..device import Device
+from ..errors import CheckpointError, UsageError
+from ..layer import PlainSlot
+from ..method import HubMethod, QuantMethod, read_plain
+from ..plan import Decision, QuantPlan
+from ..planner import Planner
+from ..registry import Registry, get_registry
+from ..resolve import Policy
+from ..scheme import QuantScheme
+from ..source import Source
+from .describe import Description, describe
+from .modules import QuantEmbedding, QuantExperts, QuantLinear
+from .names import StoredNames
+from .skeleton import model_config, skeleton
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class Engine:
+    """A loaded model.
+
+    model
+        The Hugging Face model, with qplug modules where weights are quantized.
+    plan
+        What was decided for every layer, and why.
+    source
+        The checkpoint, still open for :meth:`reload`.
+    """
+
+    def __init__(self, model: Any, plan: QuantPlan, source: Source, methods: dict[str, QuantMethod]) -> None:
+        self.model = model
+        self.plan = plan
+        self.source = source
+        self.methods = methods
+        self._tokenizer: Any = None
+
+    @property
+    def tokenizer(self) -> Any:
+        """The tokenizer beside the weights.
+
+        :raises CheckpointError: where there is none.
+        """
+        if self._tokenizer is None:
+            folder = self.source.path if self.source.path.is_dir() else self.source.path.parent
+            try:
+                self._tokenizer = AutoTokenizer.from_pretrained(folder)
+            except (OSError, ValueError, KeyError) as error:
+                raise CheckpointError(f"{folder} has no tokenizer that loads ({str(error).splitlines()[0]}); put tokenizer.json there") from None
+            self._tokenizer.padding_side = "left"
+            if self._tokenizer.pad_token_id is None:
+                self._tokenizer.pad_token = self._tokenizer.eos_token
+        return self._tokenizer
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all weights: packed ones and plain ones."""
+        plain = {t.data_ptr(): t.nbytes for t in [*self.model.parameters(), *self.model.buffers()]}
+        return sum(plain.values()) + sum(m.nbytes for m in self.methods.values())
+
+    @property
+    def notes(self) -> list[str]:
+        """What turned out only when the weights were read."""
+        return [f"{m.decision.layer.name}: {note}" for m in self.methods.values() for note in getattr(m, "notes", ())]
+
+    @torch.inference_mode()
+    def logits(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """LongTensor ``[B, T]`` to float32 ``[B, T, V]``."""
+        out = self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+        if not hasattr(out, "logits"):
+            raise UsageError(f"{type(self.model).__name__} has no language-model head, so it has no logits; call engine.model(...) instead")
+        return out.logits.float()  # type: ignore[no-any-return]
+
+    @torch.inference_mode()
+    def forward(self, **inputs: Tensor) -> Any:
+        """The model's own forward, for encoders: ``engine.forward(input_ids=...)``."""
+        return self.model(**inputs)
+
+    def generate(
+        self,
+        prompt: str | Sequence[str],
+        max_new_tokens: int = 64,
+        *,
+        stream: bool = False,
+        stop: Sequence[str] = (),
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        top_k: int = 0,
+        seed: int | None = None,
+    ) -> str | list[str] | Iterator[str]:
+        """Text after ``prompt`` (not with it): a string, a list for a list of prompts, or an iterator with ``stream``.
+
+        ``temperature`` 0 is greedy. ``stop``: generation ends before the first of these strings. ``seed`` makes sampling repeatable.
+
+        :raises UsageError: for streaming a batch, or a negative temperature.
+        """
+        if not self.model.can_generate():
+            raise UsageError(f"{type(self.model).__name__} does not generate text; call engine.model(...) for its own forward")
+        if temperature < 0 or max_new_tokens < 1:
+            raise UsageError(f"temperature {temperature} and max_new_tokens {max_new_tokens} were given; at least 0 and 1 are needed")
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        if not prompts or not all(prompts):
+            raise UsageError("an empty prompt was given; at least one character is needed")
+        if stream and len(prompts) > 1:
+            raise UsageError(f"{len(prompts)} prompts were given with stream=True; stream one at a time")
+        inputs = self.tokenizer(prompts, return_tensors="pt", padding=True)
+        options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": temperature > 0}
+        if temperature > 0:
+            options |= {"temperature": temperature, "top_p": top_p, "top_k": top_k}
+        config = GenerationConfig(
+            **options,
+            stop_strings=list(stop) or None,
+            pad_token_id=self.tokenizer.pad_token_id,
+            eos_token_id=self.model.generation_config.eos_token_id,
+            bos_token_id=self.model.generation_config.bos_token_id,
+        )
+        if stream:
+            return self._stream(inputs, config, stop, seed)
+        out = self._run(inputs, config, seed)
+        width = inputs["input_ids"].shape[1]
+        texts = [_before(self.tokenizer.decode(row[width:], skip_special_tokens=True), stop) for row in out]
+        return texts[0] if isinstance(prompt, str) else texts
+
+    def _run(self, inputs: Mapping[str, Tensor], config: GenerationConfig, seed: int | None, **more: Any) -> Tensor:
+        kept = {key: inputs[key] for key in ("input_ids", "attention_mask")}
+        with torch.inference_mode(), torch.random.fork_rng(enabled=seed is not None):
+            if seed is not None:
+                torch.manual_seed(seed)
+            out: Tensor = self.model.generate(**kept, generation_config=config, tokenizer=self.tokenizer, **more)
+            return out
+
+    def _stream(self, inputs: Mapping[str, Tensor], config: GenerationConfig, stop: Sequence[str], seed: int | None) -> Iterator[str]:
+        streamer = TextIteratorStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
+        failure: list[BaseException] = []
+
+        def work() -> None:
+            try:
+                self._run(inputs, config, seed, streamer=streamer)
+            except BaseException as error:
+                failure.append(error)
+                streamer.end()
+
+        thread = threading.Thread(target=work, daemon=True)
+        thread.start()
+        yield from _until(streamer, stop)
+        thread.join()
+        if failure:
+            raise failure[0]
+
+    def reload(self, source: Source | Any) -> None:
+        """New weights of the same shapes into the storage in use: every address stays.
+
+        ``source``: another checkpoint of this model, or a :class:`~qplug_core.source.MemorySource`, with the stored names of the plan.
+        """
+        for method in self.methods.values():
+            method.reload(source)
+        own = dict(self.model.named_parameters())
+        for decision in self.plan.decisions:
+            name = f"{decision.layer.name}.weight"
+            if not decision.quantized and name in own and decision.segments[0].parts[0].name + ".weight" in source.tensors:
+                with torch.no_grad():
+                    own[name].copy_(_plain_weight(source, decision))
+
+
+def load(
+    path: str | Path,
+    *,
+    device: str = "cpu",
+    dtype: str = "bfloat16",
+    quantize: str | QuantScheme | None = None,
+    kernels: str = "auto",
+    pin: Mapping[str, str] | None = None,
+    forbid: Sequence[str] = (),
+    progress: bool = False,
+    registry: Registry | None = None,
+) -> Engine:
+    """Load a checkpoint into the reference engine.
+
+    device
+        Where it runs: ``cpu`` or a torch device.
+    dtype
+        ``float32`` is exact arithmetic; ``bfloat16`` and ``float16`` are native: one rounding of each weight, the producer's order.
+    quantize
+        A scheme for a 16-bit checkpoint, quantized layer by layer while it is read.
+    kernels, pin, forbid
+        See :class:`~qplug_core.resolve.Policy`.
+
+    :raises QplugError: and nothing is loaded.
+    """
+    if dtype not in DTYPES:
+        raise UsageError(f"dtype {dtype!r} was given; {', '.join(DTYPES)} are known")
+    source = Source.open(path)
+    registry = registry or get_registry()
+    target = Device.current() if device != "cpu" else Device.cpu()
+    planner = Planner(source, target, dtype, Policy(kernels, dict(pin or {}), frozenset(forbid)), quantize, registry)
+    model = skeleton(model_config(source), DTYPES[dtype])
+    described = describe(model, StoredNames(model, source.tensors))
+    plan = planner.plan(described.layers, described.slots)
+    loader = _Loader(model, source, planner, plan, described, DTYPES[dtype], device, registry)
+    methods = loader.run(progress)
+    return Engine(model, plan, source, methods)
+
+
+class _Loader:
+    """Streams weights through the plan into a model: what is held is the packed model and one layer."""
+
+    def __init__(
+        self,
+        model: Any,
+        source: Source,
+        planner: Planner,
+        plan: QuantPlan,
+        described: Description,
+        dtype: torch.dtype,
+        device: str,
+        registry: Registry,
+    ) -> None:
+        self.model, self.source, self.planner, self.plan = model, source, planner, plan
+        self.described, self.dtype, self.device, self.registry = described, dtype, device, registry
+        self.config: QuantizationConfig = planner.config
+
+    def run(self, progress: bool) -> dict[str, QuantMethod]:
+        methods: dict[str, QuantMethod] = {}
+        columns = (TextColumn("loading"), BarColumn(), TextColumn("{task.completed}/{task.total} layers"), TimeRemainingColumn())
+        with Progress(*columns, transient=True, disable=not progress) as bar:
+            task = bar.add_task("loading", total=len(self.plan.decisions))
+            for decision in self.plan.decisions:
+                method = self._layer(decision)
+                if method is not None:
+                    methods[decision.layer.name] = method
+                self.registry.layer_ready(decision.layer, decision)
+                bar.advance(task)
+            for slot in self.described.slots:
+                self._slot(slot)
+        self._place_experts(methods)
+        self.model.tie_weights()
+        self._check_complete()
+        folder = self.source.path if self.source.path.is_dir() else self.source.path.parent
+        if (folder / "generation_config.json").exists() and self.model.can_generate():
+            self.model.generation_config = GenerationConfig.from_pretrained(folder)
+        return methods
+
+    def _layer(self, decision: Decision) -> QuantMethod | None:
+        layer = decision.layer
+        if not decision.quantized and layer.op != "experts":
+            name = decision.segments[0].parts[0].name
+            if f"{name}.weight" in self.source.tensors and not self._is_redundant(decision):
+                weight = _plain_weight(self.source, decision)
+                target = self.model.get_submodule(layer.name)
+                target.weight = nn.Parameter(weight.to(self.device, target.weight.dtype), requires_grad=False)
+            return None
+        method = self.config.get_quant_method(layer, decision) or HubMethod(
+            decision, self.planner.resolver, self.planner.layout, self.dtype, self.device
+        )
+        method.load(self.source)
+        if layer.op != "experts":
+            original = self.model.get_submodule(layer.name)
+            module: nn.Module
+            if layer.op == "embedding":
+                module = QuantEmbedding(method, self.dtype, getattr(original, "embed_scale", None))
+            else:
+                module = QuantLinear(method, original.bias)
+            self.model.set_submodule(layer.name, module)
+        return method
+
+    def _is_redundant(self, decision: Decision) -> bool:
+        """A tied weight that the file holds twice: the owner's copy is the one."""
+        return decision.layer.tied_to is not None and bool(getattr(self.model.config, "tie_word_embeddings", False))
+
+    def _slot(self, slot: PlainSlot) -> None:
+        names = next((n for n in (*((n,) for n in slot.names), *slot.pieces) if all(i in self.source.tensors for i in n)), None)
+        if names is None:
+            return
+        pieces = [self.source.read(name) for name in names]
+        value = torch.cat(pieces) if len(pieces) > 1 else pieces[0]
+        parent, _, leaf = slot.name.rpartition(".")
+        module = self.model.get_submodule(parent)
+        old = getattr(module, leaf)
+        value = value.to(self.device, old.dtype)
+        if leaf in module._parameters:
+            module._parameters[leaf] = nn.Parameter(value, requires_grad=False)
+        else:
+            module._buffers[leaf] = value
+        for name in names:
+            self.source.release(name)
+
+    def _place_experts(self, methods: dict[str, QuantMethod]) -> None:
+        for name, count in self.described.experts.items():
+            original = self.model.get_submodule(name)
+            gate_up = [methods[f"{name}.{e}.gate_up_proj"] for e in range(count)]
+            down = [methods[f"{name}.{e}.down_proj"] for e in range(count)]
+            self.model.set_submodule(name, QuantExperts(gate_up, down, original))
+
+    def _check_complete(self) -> None:
+        empty = [n for n, p in [*self.model.named_parameters(), *self.model.named_buffers()] if p.is_meta]
+        if empty:
+            raise CheckpointError(f"{empty[0]} and {len(empty) - 1} more parameters got no value; the checkpoint does not hold them")
+
+
+def _plain_weight(source: Any, decision: Decision) -> Tensor:
+    pieces = [read_plain(source, decision.layer, part) for segment in decision.segments for part in segment.parts]
+    for segment in decision.segments:
+        for part in segment.parts:
+            if (name := f"{part.name}.weight") in source.tensors:
+                source.release(name)
+    return torch.cat(pieces) if len(pieces) > 1 else pieces[0]
+
+
+def _before(text: str, stop: Sequence[str]) -> str:
+    """``text`` up to the first stop string."""
+    ends = [at for s in stop if (at := text.find(s)) >= 0]
+    return text[: min(ends)] if ends else text
+
+
+def _until(pieces: Iterator[str], stop: Sequence[str]) -> Iterator[str]:
+    """The stream up to the first stop string, holding back text that may be the beginning of one."""
+    held = ""
+    longest = max((len(s) for s in stop), default=0)
+    done = False
+    for piece in pieces:
+        if done:
+            continue
+        held += piece
+        kept = _before(held, stop)
+        done = kept != held
+        ready = len(kept) if done else max(0, len(held) - longest + 1) if stop else len(held)
+        if ready:
+            yield kept[:ready]
+        held = "" if done else held[ready:]
+    if held:
+        yield held

@@ -1,0 +1,54 @@
+"""Names: from what a Hugging Face model calls a module to what a checkpoint may call it."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable
+from typing import Any
+
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightRenaming
+
+
+class StoredNames:
+    """Stored modules by the name that the model has for them.
+
+    transformers renames while it loads (``block_sparse_moe`` to ``mlp``), and checkpoints of a bare model lack the prefix
+    that a model with a head has. Both are undone here, from transformers' own table.
+    """
+
+    def __init__(self, model: Any, stored: Iterable[str]) -> None:
+        renamings = [t for t in get_model_conversion_mapping(model) if isinstance(t, WeightRenaming)]
+        prefix = f"{model.base_model_prefix}." if getattr(model, "base_model_prefix", "") else ""
+        self._stored: dict[str, list[str]] = defaultdict(list)
+        own = set(model.state_dict())
+        for name in stored:
+            renamed = name
+            for transform in renamings:
+                renamed, _ = transform.rename_source_key(renamed)
+            self._add(renamed, name)
+            if prefix and renamed.startswith(prefix):
+                self._add(renamed.removeprefix(prefix), name)
+            elif prefix and f"{prefix}{renamed}" in own:
+                self._add(f"{prefix}{renamed}", name)
+            elif prefix:
+                self._add_module(f"{prefix}{renamed}", name)
+
+    def _add(self, model_name: str, stored: str) -> None:
+        if stored not in self._stored[model_name]:
+            self._stored[model_name].append(stored)
+        self._add_module(model_name, stored)
+
+    def _add_module(self, model_name: str, stored: str) -> None:
+        """Every parent of a tensor, as far as the tails of both names are the same."""
+        ours, theirs = model_name.split("."), stored.split(".")
+        while len(ours) > 1 and len(theirs) > 1 and ours[-1] == theirs[-1]:
+            ours, theirs = ours[:-1], theirs[:-1]
+            parent = ".".join(theirs)
+            if parent not in self._stored[".".join(ours)]:
+                self._stored[".".join(ours)].append(parent)
+
+    def of(self, name: str) -> tuple[str, ...]:
+        """Stored names of a module or tensor, the model's own name first where it is stored, or alone where nothing is."""
+        found = self._stored.get(name, [])
+        return tuple(sorted(found, key=lambda s: s != name)) or (name,)

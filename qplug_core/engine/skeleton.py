@@ -1,0 +1,72 @@
+"""A model definition without weights: parameters on the meta device, buffers that no checkpoint holds computed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+
+from ..errors import CheckpointError, ConfigError
+from ..source import Source
+
+
+def model_config(source: Source) -> Any:
+    """The Hugging Face config of a checkpoint, without its ``quantization_config``: that part is qplug's.
+
+    :raises ConfigError: for an architecture that the installed transformers does not have.
+    """
+    if not source.config:
+        raise CheckpointError(f"{source.path} has no config.json; the reference engine needs it to know the architecture")
+    fields = {key: value for key, value in source.config.items() if key not in ("quantization_config", "compression_config")}
+    model_type = fields.pop("model_type", None)
+    try:
+        return AutoConfig.for_model(model_type, **fields)
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConfigError(
+            f"config.json of {source.path} has model_type {model_type!r}, which transformers {transformers.__version__} does not build "
+            f"({str(error).splitlines()[0]}); correct it or install a transformers that knows it"
+        ) from None
+
+
+def skeleton(config: Any, dtype: torch.dtype) -> Any:
+    """The model of ``config`` with every parameter on meta, in ``dtype``: causal where there is such a class, else as named.
+
+    The class is the first of ``architectures`` that transformers has, so that encoders get their own forward.
+    """
+    named = [getattr(transformers, name, None) for name in config.architectures or ()]
+    cls = next((c for c in named if c is not None), None)
+    with torch.device("meta"):
+        if cls is not None:
+            model = cls._from_config(config, dtype=dtype)
+        elif type(config) in AutoModelForCausalLM._model_mapping:
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        else:
+            model = AutoModel.from_config(config, dtype=dtype)
+    _compute_buffers(model)
+    return model.eval()
+
+
+def _compute_buffers(model: Any) -> None:
+    """Give storage and values to buffers that are in no checkpoint (rotary frequencies, masks, position ids)."""
+    for parameter in model.parameters():
+        parameter._is_hf_initialized = True
+    for module in model.modules():
+        hidden = {name: b for name, b in module._buffers.items() if b is not None and name in module._non_persistent_buffers_set}
+        if not hidden:
+            continue
+        for name, buffer in hidden.items():
+            module._buffers[name] = torch.empty_like(buffer, device="cpu")
+        model._init_weights(module)
+
+
+def persistent_buffers(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Buffers that belong to the state dict, by name."""
+    found = {}
+    for prefix, module in model.named_modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None and name not in module._non_persistent_buffers_set:
+                found[f"{prefix}.{name}" if prefix else name] = buffer
+    return found
