@@ -106,7 +106,7 @@ class RoundToNearest(Quantizer):
             exponents = torch.ceil(torch.log2(_safe(amax) / largest)).clamp(-127, 127)
             exponents = exponents.masked_fill(amax == 0, -127)
             scales = (exponents + 127).to(torch.uint8)
-            factors = torch.ldexp(torch.ones(()), exponents.int())
+            factors = torch.ldexp(torch.ones_like(exponents), exponents.int())
         elif part.scale_dtype == "e4m3":
             global_scale = _safe(amax.amax() / (largest * 448.0))
             scales = (amax / (largest * global_scale)).clamp(2.0**-9, 448.0).to(torch.float8_e4m3fn)

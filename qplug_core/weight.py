@@ -276,7 +276,7 @@ def decode_scales(scales: Tensor, scale_dtype: str) -> Tensor:
         return scales.float()
     if scales.dtype != torch.uint8:
         return scales.float()
-    exponents = torch.ldexp(torch.ones((), device=scales.device), scales.int() - 127)
+    exponents = torch.ldexp(torch.ones_like(scales, dtype=torch.float32), scales.int() - 127)
     return exponents.masked_fill(scales == 255, float("nan"))
 
 

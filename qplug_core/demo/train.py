@@ -7,7 +7,8 @@ held out; the perplexity on those is written into ``training.json`` beside the m
     python -m qplug_core.demo.train OUT [--steps 3000] [--threads 4]
 
 OUT receives a Hugging Face checkpoint: ``config.json``, ``model.safetensors`` (bf16), the tokenizer, and
-``heldout.txt``, the text that perplexity is measured on.
+beside OUT go ``heldout.txt``, the text that perplexity is
+measured on, and ``training.json``.
 """
 
 from __future__ import annotations
@@ -139,7 +140,7 @@ def train(steps: int, threads: int, out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
-    (out / "heldout.txt").write_text(held_out_text, encoding="utf-8")
+    (out.parent / "heldout.txt").write_text(held_out_text, encoding="utf-8")
     record = {
         "text": f"standard library of CPython {platform.python_version()} (PSF-2.0), every 40th file held out",
         "training_tokens": len(stream),
@@ -149,7 +150,7 @@ def train(steps: int, threads: int, out: Path) -> None:
         "seed": SEED,
         "torch": torch.__version__,
     }
-    (out / "training.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    (out.parent / "training.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     print(json.dumps(record, indent=2))
 
 

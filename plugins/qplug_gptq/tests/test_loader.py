@@ -109,7 +109,7 @@ def test_zero_point_of_v1_reaches_two_to_the_bits() -> None:
     assert weight.zeros.dtype == torch.int16
     assert set(weight.zeros.flatten().tolist()) == {16}
     assert FORMAT.quant_for_scheme(weight).layout == "gptq"
-    with pytest.raises(CannotEncode, match="store this checkpoint as gptq$"):
+    with pytest.raises(CannotEncode, match=r"store this checkpoint as gptq$"):
         FORMAT.encode(weight, quant("W4A16_g128_asym", "gptq_v2"))
 
 

@@ -210,10 +210,7 @@ def _storable(weight: QuantWeight | OpaqueWeight) -> QuantWeight:
     if extra or (weight.zeros is not None and weight.zeros.is_floating_point()):
         what = ", ".join(sorted(extra)) or "float zero points"
         raise CannotEncode(f"a weight with {what} was given; int8 has no tensor for it, so choose another format")
-    if weight.zeros is not None and weight.zeros.numel() and not 0 <= int(weight.zeros.min()) <= int(weight.zeros.max()) <= 255:
-        raise CannotEncode(
-            f"zero points from {int(weight.zeros.min())} to {int(weight.zeros.max())} were given; int8 holds 0 to 255, "
-            "so choose "
-            "another format"
-        )
+    if weight.zeros is not None and bool(((weight.zeros < 0) | (weight.zeros > 255)).any()):
+        low, high = int(weight.zeros.min()), int(weight.zeros.max())
+        raise CannotEncode(f"zero points from {low} to {high} were given; int8 holds 0 to 255, so choose another format")
     return weight

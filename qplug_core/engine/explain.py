@@ -1,0 +1,35 @@
+"""The plan of a checkpoint for the reference engine, from headers alone."""
+
+from __future__ import annotations
+
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+
+from ..device import Device
+from ..layer import LayerSpec
+from ..plan import QuantPlan
+from ..planner import Planner
+from ..source import Source
+from .describe import describe
+from .names import StoredNames
+from .skeleton import model_config, skeleton
+
+
+def explain_checkpoint(path: str, device: Device | None, tp: int, dtype: str, quantize: str | None) -> QuantPlan:
+    """What ``load`` would do with ``path`` on ``device``, for rank 0 of ``tp``."""
+    source = Source.open(path)
+    planner = Planner(source, device, dtype, quantize=quantize)
+    model = skeleton(model_config(source), getattr(torch, dtype))
+    described = describe(model, StoredNames(model, source.tensors))
+    layers = described.layers if tp == 1 else [shard(layer, model, 0, tp) for layer in described.layers]
+    return planner.plan(layers, described.slots)
+
+
+def shard(layer: LayerSpec, model: Any, rank: int, world: int) -> LayerSpec:
+    """The part of a layer that one rank holds, by the model's own tensor-parallel plan; layers outside of it stay whole."""
+    style = next((s for pattern, s in (model.tp_plan or {}).items() if fnmatchcase(layer.name, pattern)), "")
+    if style.startswith("colwise"):
+        return layer.sharded("N", rank, world)
+    return layer.sharded("K", rank, world) if style.startswith("rowwise") else layer
