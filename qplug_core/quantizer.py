@@ -11,10 +11,13 @@ from torch import Tensor
 
 from .errors import SchemeError
 from .scheme import NUMBER_TYPES, QuantScheme, TensorQuant
-from .weight import E2M1, QuantWeight
+from .weight import E2M1, QuantWeight, concat
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+
+ROWS = 1024
+"""Rows that are quantized at once."""
 
 NF4 = (
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
@@ -74,12 +77,19 @@ class RoundToNearest(Quantizer):
             raise SchemeError(f"round to nearest does not make {scheme}; choose an algorithm of a plugin")
         if scheme.act is not None and scheme.act.dynamic is False:
             raise SchemeError(f"{scheme} has static activation scales, which need calibration; use a dynamic scheme, or calibrate")
-        if not bool(torch.isfinite(weight).all()):
+        if not bool(torch.isfinite(weight.sum(dtype=torch.float32))) and not bool(torch.isfinite(weight).all()):
             raise SchemeError("the weight has NaN or infinite values, which no scheme can hold; repair the checkpoint")
-        values = weight.float()
-        n, k = values.shape
+        bn = part.block[0]
+        if bn == 0 or part.scale_dtype == "e4m3" or weight.shape[0] <= ROWS:
+            return self._quantize(weight, scheme, part)
+        # Scales do not look beyond their rows, so pieces give the same bits and need little memory.
+        step = -(-ROWS // bn) * bn
+        return concat([self._quantize(weight[i : i + step], scheme, part) for i in range(0, weight.shape[0], step)])
+
+    def _quantize(self, weight: Tensor, scheme: QuantScheme, part: TensorQuant) -> QuantWeight:
+        n, k = weight.shape
         bn, bk = part.block
-        blocks, restore = _blocked(values, bn or n, bk or k)
+        blocks, restore = _blocked(weight.float(), bn or n, bk or k)
         if NUMBER_TYPES[part.dtype].kind == "int":
             return self._integers(blocks, restore, scheme, part)
         return self._floats(blocks, restore, scheme, part)

@@ -24,6 +24,7 @@ from ..resolve import Policy
 from ..scheme import QuantScheme
 from ..source import Source
 from .describe import Description, describe
+from .memory import trim
 from .modules import QuantEmbedding, QuantExperts, QuantLinear
 from .names import StoredNames
 from .skeleton import model_config, skeleton
@@ -242,6 +243,7 @@ class _Loader:
                 method = self._layer(decision)
                 if method is not None:
                     methods[decision.layer.name] = method
+                    trim()
                 self.registry.layer_ready(decision.layer, decision)
                 bar.advance(task)
             for slot in self.described.slots:

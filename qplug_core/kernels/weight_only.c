@@ -34,7 +34,7 @@ typedef struct {
     void *y;
     long m, n, k, kp, groups, count; /* count of segments */
     int kind, scale_kind, bias_kind;
-    float *xs;   /* [rows, KP] float32: x in packed order */
+    float *xs;   /* [rows/R][KP][R] float32: x in packed order, in blocks of R rows, the last filled with zeros */
     float *sums; /* [rows, S] sums of x over each segment */
 } Product;
 
@@ -80,35 +80,34 @@ INLINE vf bias_of(const Product *p, long n, long count) {
     return load(b);
 }
 
-/* One row of x to float32 in packed order. With sums: each value scaled for its place, and the sums of segments. */
-INLINE void prepare(int bits, const Product *p, long row) {
-    float *to = p->xs + row * p->kp;
-    const char *x = (const char *)p->x + (size_t)row * (size_t)p->k * width(p->kind);
-    if (row >= p->m) {
-        memset(to, 0, (size_t)p->kp * 4);
-        if (p->sums) memset(p->sums + row * p->count, 0, (size_t)p->count * 4);
-        return;
-    }
-    if (p->order) {
-        for (long k = 0; k < p->kp; k++) to[k] = p->order[k] < 0 ? 0.0f : load_one(p->kind, x, p->order[k]);
-    } else {
-        long k = 0;
-        for (; k + VL <= p->kp; k += VL) store(to + k, load_any(p->kind, x, k));
-        for (; k < p->kp; k++) to[k] = load_one(p->kind, x, k);
-    }
-    if (!p->sums) return;
+/* Row `row` of x to its block of R rows in p->xs, segment by segment. With sums: each value scaled for its place, and the sums. */
+static void prepare(int bits, const Product *p, int R, long row) {
     const int unit = unit_of(bits);
+    const char *x = (const char *)p->x + (size_t)row * (size_t)p->k * width(p->kind);
+    float *to = p->xs + row / R * R * p->kp + row % R;
     float factor[32];
-    for (int j = 0; j < unit; j++) factor[j] = 1.0f / (float)(1 << place_of(bits, j));
+    for (int j = 0; j < unit; j++) factor[j] = p->sums ? 1.0f / (float)(1 << place_of(bits, j)) : 1.0f;
     for (long s = 0; s < p->count; s++) {
-        float *at = to + (long)p->segments[3 * s] * unit, *end = to + (long)p->segments[3 * s + 1] * unit;
-        float lanes[4] = {0};
-        for (; at < end; at += unit)
-            for (int j = 0; j < unit; j++) {
-                lanes[j % 4] += at[j];
-                at[j] *= factor[j];
+        const long first = (long)p->segments[3 * s] * unit, columns = (long)p->segments[3 * s + 1] * unit - first;
+        float values[SEGMENT] = {0};
+        if (row < p->m) {
+            long k = 0;
+            if (!p->order)
+                for (; k + VL <= columns; k += VL) store(values + k, load_any(p->kind, x, first + k));
+            for (; k < columns; k++) {
+                const long from = p->order ? p->order[first + k] : first + k;
+                if (from >= 0) values[k] = load_one(p->kind, x, from);
             }
-        p->sums[row * p->count + s] = (lanes[0] + lanes[1]) + (lanes[2] + lanes[3]);
+        }
+        if (p->sums) {
+            vf sum = splat(0.0f);
+            for (long k = 0; k < SEGMENT; k += VL) sum += load(values + k);
+            float total = 0.0f;
+            for (int l = 0; l < VL; l++) total += sum[l];
+            p->sums[row * p->count + s] = total;
+        }
+        for (long k = 0; k < columns; k += unit)
+            for (int l = 0; l < unit; l++) to[(first + k + l) * R] = values[k + l] * factor[l];
     }
 }
 
@@ -116,7 +115,7 @@ INLINE void prepare(int bits, const Product *p, long row) {
 INLINE void stream(const int bits, const int MT, const int H, const int NA, const Product *p, long tile, long m0) {
     const int unit = unit_of(bits), words = words_of(bits) * TILE;
     const uint32_t *codes = p->codes + tile * (p->kp / unit) * words;
-    const float *xs = p->xs + m0 * p->kp;
+    const float *xs = p->xs + m0 * p->kp; /* [KP][MT] */
     vf total[8][NV];
     UNROLL for (int m = 0; m < MT; m++) UNROLL for (int h = 0; h < NV; h++) total[m][h] = splat(0.0f);
     for (long s = 0; s < p->count; s++) {
@@ -127,14 +126,14 @@ INLINE void stream(const int bits, const int MT, const int H, const int NA, cons
             UNROLL for (int m = 0; m < MT; m++) UNROLL for (int h = 0; h < H; h++)
                 UNROLL for (int a = 0; a < NA; a++) acc[m][h][a] = splat(0.0f);
             const uint32_t *w = codes + (long)seg[0] * words + h0 * (bits == 8 ? VL / 4 : VL);
-            const float *x = xs + (long)seg[0] * unit;
-            for (long u = seg[0]; u < seg[1]; u++, w += words, x += unit) {
+            const float *x = xs + (long)seg[0] * unit * MT;
+            for (long u = seg[0]; u < seg[1]; u++, w += words, x += unit * MT) {
                 if (h0 == 0) UNROLL for (int i = 0; i < words; i += 16) prefetch((const char *)(w + i) + AHEAD);
                 UNROLL for (int j = 0; j < unit; j++) {
                     vf v[2];
                     UNROLL for (int h = 0; h < H; h++) v[h] = field(bits, w, j, h);
                     UNROLL for (int m = 0; m < MT; m++) {
-                        vf xk = splat(x[m * p->kp + j]);
+                        vf xk = splat(x[j * MT + m]);
                         UNROLL for (int h = 0; h < H; h++) acc[m][h][j % NA] += xk * v[h];
                     }
                 }
@@ -157,14 +156,14 @@ INLINE void stream(const int bits, const int MT, const int H, const int NA, cons
         }
 }
 
+/* Rows of x in one block of xs, for the path with few tokens. */
+static int tokens_at_once(long m) { return m <= 1 ? 1 : m <= 2 ? 2 : m <= 4 ? 4 : 8; }
+
 INLINE void stream_tokens(const int bits, const Product *p, long tile) {
-    for (long m = 0; m < p->m; m += 8) {
-        long left = p->m - m;
-        if (left == 1) stream(bits, 1, NV, 8 / NV, p, tile, m);
-        else if (left == 2) stream(bits, 2, NV, 4 / NV, p, tile, m);
-        else if (left <= 4) stream(bits, 4, 1, 2, p, tile, m);
-        else stream(bits, 8, 1, 1, p, tile, m);
-    }
+    if (p->m == 1) stream(bits, 1, NV, 8 / NV, p, tile, 0);
+    else if (p->m == 2) stream(bits, 2, NV, 4 / NV, p, tile, 0);
+    else if (p->m <= 4) stream(bits, 4, NV, 2 / NV, p, tile, 0);
+    else for (long m = 0; m < p->m; m += 8) stream(bits, 8, 1, 1, p, tile, m);
 }
 
 /* Weights of `tiles` tiles and segments s0 .. s1 to float32 [tile * 16 / NR][columns][NR]. */
@@ -191,26 +190,21 @@ INLINE void dequantize(const int bits, const Product *p, long tile0, long tiles,
     }
 }
 
-/* c[MR][NR of PANEL] (+)= x[MR][columns] * w[columns][NR]. Accumulators are named because compilers spill an array of them. */
-INLINE void multiply(const float *x, long ldx, const float *w, float *c, long columns, int first) {
-#if defined(__AVX512F__)
-#define ROWS(DO) DO(0) DO(1) DO(2) DO(3) DO(4) DO(5) DO(6) DO(7) DO(8) DO(9) DO(10) DO(11)
-#else
-#define ROWS(DO) DO(0) DO(1) DO(2) DO(3) DO(4) DO(5)
-#endif
-#define BEGIN(i) vf a##i = splat(0.0f), b##i = splat(0.0f);
-#define STEP(i) { vf v = splat(x[i * ldx + k]); a##i += v * w0; b##i += v * w1; }
-#define END(i) { float *o = c + i * PANEL; store(o, first ? a##i : load(o) + a##i); store(o + VL, first ? b##i : load(o + VL) + b##i); }
-    ROWS(BEGIN)
-    for (long k = 0; k < columns; k++, w += NR) {
+/* c[MR][NR of PANEL] (+)= x[columns][MR] * w[columns][NR]. No part of its callers, whose constants would take registers from it. */
+static __attribute__((noinline)) void multiply(const float *x, const float *w, float *c, long columns, int first) {
+    vf acc[MR][2];
+    UNROLL for (int m = 0; m < MR; m++) acc[m][0] = acc[m][1] = splat(0.0f);
+    for (long k = 0; k < columns; k++, w += NR, x += MR) {
         vf w0 = load(w), w1 = load(w + VL);
-        ROWS(STEP)
+        UNROLL for (int m = 0; m < MR; m++) {
+            acc[m][0] += splat(x[m]) * w0;
+            acc[m][1] += splat(x[m]) * w1;
+        }
     }
-    ROWS(END)
-#undef BEGIN
-#undef STEP
-#undef END
-#undef ROWS
+    UNROLL for (int m = 0; m < MR; m++, c += PANEL) {
+        store(c, first ? acc[m][0] : load(c) + acc[m][0]);
+        store(c + VL, first ? acc[m][1] : load(c + VL) + acc[m][1]);
+    }
 }
 
 /* Tokens m0 .. m1 times the rows of one panel. */
@@ -229,7 +223,7 @@ INLINE void panel(const int bits, const Product *p, long index, long m0, long m1
         dequantize(bits, p, tile0, tiles, s0, s1, columns, weights);
         for (long m = m0; m < m1; m += MR)
             for (long j = 0; j < lanes; j += NR)
-                multiply(p->xs + m * p->kp + first * unit, p->kp, weights + j * columns, sums + (m - m0) * PANEL + j, columns, s0 == 0);
+                multiply(p->xs + m * p->kp + first * unit * MR, weights + j * columns, sums + (m - m0) * PANEL + j, columns, s0 == 0);
     }
     for (long m = m0; m < m1 && m < p->m; m++)
         for (long j = 0; j < tiles * TILE; j += VL) {
@@ -238,34 +232,44 @@ INLINE void panel(const int bits, const Product *p, long index, long m0, long m1
         }
 }
 
-INLINE void run(const int bits, Product *p, int threads) {
+/* The kernels of one width: OpenMP would outline loops before a constant width reached them. */
+typedef struct {
+    int bits;
+    void (*stream)(const Product *p, long tile);
+    void (*panel)(const Product *p, long index, long m0, long m1);
+} Variant;
+
+#define VARIANT(bits) \
+    static void stream_##bits(const Product *p, long tile) { stream_tokens(bits, p, tile); } \
+    static void panel_##bits(const Product *p, long index, long m0, long m1) { panel(bits, p, index, m0, m1); }
+VARIANT(2)
+VARIANT(3)
+VARIANT(4)
+VARIANT(8)
+static const Variant variants[] = {{2, stream_2, panel_2}, {3, stream_3, panel_3}, {4, stream_4, panel_4}, {8, stream_8, panel_8}};
+
+static void run(const Variant *variant, const Product *p, int threads) {
     const long tiles = round_up(p->n, TILE) / TILE;
     if (p->m <= SMALL) {
-        const long rows = p->m <= 2 ? p->m : p->m <= 4 ? 4 : round_up(p->m, 8);
-        for (long m = 0; m < rows; m++) prepare(bits, p, m);
+        const int R = tokens_at_once(p->m);
+        for (long m = 0; m < round_up(p->m, R); m++) prepare(variant->bits, p, R, m);
         const long share = tiles / (threads * 8) + 1;
 #pragma omp parallel for schedule(dynamic, share) num_threads(threads)
-        for (long t = 0; t < tiles; t++) stream_tokens(bits, p, t);
+        for (long t = 0; t < tiles; t++) variant->stream(p, t);
         return;
     }
     const long rows = round_up(p->m, MR), blocks = (rows + BLOCK - 1) / BLOCK, panels = (p->n + PANEL - 1) / PANEL;
 #pragma omp parallel num_threads(threads)
     {
 #pragma omp for schedule(static)
-        for (long m = 0; m < rows; m++) prepare(bits, p, m);
+        for (long m = 0; m < rows; m++) prepare(variant->bits, p, MR, m);
 #pragma omp for schedule(dynamic, 1)
         for (long i = 0; i < panels * blocks; i++) {
             long m0 = i / panels * BLOCK;
-            panel(bits, p, i % panels, m0, m0 + BLOCK < rows ? m0 + BLOCK : rows);
+            variant->panel(p, i % panels, m0, m0 + BLOCK < rows ? m0 + BLOCK : rows);
         }
     }
 }
-
-#define VARIANT(bits) static __attribute__((noinline)) void run_##bits(Product *p, int threads) { run(bits, p, threads); }
-VARIANT(2)
-VARIANT(3)
-VARIANT(4)
-VARIANT(8)
 
 /* y[m, n]; see the top for the arrays. `kind` is of x and y. Returns 0, or 1 where there was no memory. */
 EXPORT int qplug_weight_only(void *y, const void *x, const void *codes, const void *scales, const void *zeros, const void *segments,
@@ -273,7 +277,7 @@ EXPORT int qplug_weight_only(void *y, const void *x, const void *codes, const vo
                              int bits, int kind, int scale_kind, int bias_kind, int threads) {
     Product p = {x, codes, scales, zeros, bias, segments, order, y, m, n, k, kp, groups, count, kind, scale_kind, bias_kind, 0, 0};
     const int small = m <= SMALL;
-    const long rows = small ? round_up(m, 8) : round_up(m, MR);
+    const long rows = round_up(m, small ? 8 : MR);
     p.xs = scratch((size_t)(rows * kp) * 4);
     p.sums = small ? scratch((size_t)(rows * count) * 4) : NULL;
     if (!p.xs || (small && !p.sums)) {
@@ -282,10 +286,7 @@ EXPORT int qplug_weight_only(void *y, const void *x, const void *codes, const vo
         return 1;
     }
     if (n * kp < 1 << 16) threads = 1; /* waking threads costs more */
-    if (bits == 2) run_2(&p, threads);
-    else if (bits == 3) run_3(&p, threads);
-    else if (bits == 4) run_4(&p, threads);
-    else run_8(&p, threads);
+    run(&variants[bits == 8 ? 3 : bits - 2], &p, threads);
     free(p.xs);
     free(p.sums);
     return 0;
