@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 from .errors import CoverError
 from .source import TensorInfo
@@ -61,7 +62,7 @@ class Cover:
             self.mistake(f"{name} is claimed by {' and '.join(dict.fromkeys(owner for owner, _ in claims))}")
             return
         spans = sorted((rows, owner) for owner, rows in claims if rows is not None)
-        for ((_, stop), one), ((start, _), other) in zip(spans, spans[1:], strict=False):
+        for ((_, stop), one), ((start, _), other) in pairwise(spans):
             if start < stop and one != other:
                 self.mistake(f"rows of {name} are claimed by both {one} and {other}")
 

@@ -11,6 +11,7 @@ from typing import Any
 from .axes import FLOATS
 from .config import LayerQuant, ModuleName, QuantizationConfig
 from .cover import Cover
+from .decl import ConfigDecl, FormatDecl
 from .device import Device
 from .errors import ConfigError, CoverError, UsageError
 from .format import CheckpointFormat
@@ -19,7 +20,7 @@ from .layer import LayerSpec, PlainSlot, StoredPart
 from .method import plain_name
 from .plan import CacheDecision, Decision, QuantPlan, Segment
 from .quantizer import online_scheme
-from .registry import Registry, get_registry
+from .registry import Entry, Registry, get_registry
 from .resolve import Policy, Resolver
 from .scheme import QuantScheme
 from .source import Source
@@ -34,10 +35,10 @@ def read_config(source: Source, registry: Registry) -> tuple[QuantizationConfig,
     :raises ConfigError: where no installed format reads it.
     """
     declared = source.quant_config
-    entries = [*registry.formats, *registry.configs]
+    entries: list[Entry[FormatDecl] | Entry[ConfigDecl]] = [*registry.formats, *registry.configs]
     claimed = [e for e in entries if any(file in source.files for file in e.decl.files)]
     if declared is not None and (method := str(declared.get("quant_method") or "").lower()):
-        chosen = registry.format_for_method(method).decl
+        chosen: FormatDecl | ConfigDecl = registry.format_for_method(method).decl
     elif claimed:
         chosen = claimed[0].decl
     elif declared is not None:

@@ -178,7 +178,7 @@ class Registry:
         """
         wanted = quant_method.lower()
         both: list[Any] = [*self.formats, *self.configs]
-        return self._find("quant_method", wanted, both, lambda decl: wanted in decl.detects)  # type: ignore[no-any-return]
+        return self._find("quant_method", wanted, both, lambda decl: wanted in decl.detects)
 
     def layout(self, name: str) -> Entry[FormatDecl]:
         """The format that decodes the layout called ``name``.

@@ -7,8 +7,9 @@ are written here, once.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -88,7 +89,12 @@ class QuantWeight:
 
     def to(self, device: torch.device | str) -> QuantWeight:
         """The same weight on another device."""
-        return replace(self, **{name: t.to(device) for name, t in self.tensors().items()})
+        return self.with_tensors({name: t.to(device) for name, t in self.tensors().items()})
+
+    def with_tensors(self, tensors: Mapping[str, Tensor]) -> QuantWeight:
+        """The same weight with some tensor fields replaced, by name."""
+        changes: dict[str, Any] = dict(tensors)
+        return replace(self, **changes)
 
     def scale_values(self) -> Tensor:
         """Scales as float32 with the global scale applied, in the shape of ``scales``."""
@@ -213,7 +219,7 @@ class QuantWeight:
         """Matrix ``index`` of a stack."""
         shared = {"codebook"}
         cut = {name: t if name in shared else t[index] for name, t in self.tensors().items()}
-        return replace(self, **cut)
+        return self.with_tensors(cut)
 
     def equal(self, other: QuantWeight) -> bool:
         """Bit equality of every field."""
@@ -330,7 +336,7 @@ def stack(weights: Sequence[QuantWeight]) -> QuantWeight:
             )
     shared = {"codebook"}
     joined = {name: _stack([w.tensors()[name] for w in weights]) for name in names - shared}
-    return replace(first, **joined)
+    return first.with_tensors(joined)
 
 
 def _check_fusable(a: QuantWeight, b: QuantWeight) -> None:

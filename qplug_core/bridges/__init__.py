@@ -1,0 +1,1 @@
+"""Thin bridges into engines that people already use."""

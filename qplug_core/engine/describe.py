@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from ..errors import ConfigError
-from ..layer import LayerSpec, PlainSlot, StoredPart
+from ..layer import LayerSpec, Op, PlainSlot, StoredPart
 from .names import StoredNames
 from .skeleton import persistent_buffers
 
@@ -53,7 +53,7 @@ def _layer(
     model: Any, name: str, module: nn.Linear | nn.Embedding, stored: StoredNames, tied: dict[str, str], is_head: bool
 ) -> LayerSpec:
     n, k = module.weight.shape
-    alternatives = [(StoredPart(s, n),) for s in stored.of(name)]
+    alternatives: list[tuple[StoredPart, ...]] = [(StoredPart(s, n),) for s in stored.of(name)]
     parent, _, leaf = name.rpartition(".")
     if leaf in FUSED:
         heights = _heights(model.config, leaf, n)
@@ -62,7 +62,7 @@ def _layer(
     for fused, parts in FUSED.items():
         if leaf in parts:
             alternatives += _slices(model, parent, leaf, fused, n, stored)
-    op = "embedding" if isinstance(module, nn.Embedding) else "lm_head" if is_head else "linear"
+    op: Op = "embedding" if isinstance(module, nn.Embedding) else "lm_head" if is_head else "linear"
     weight_of = tied.get(f"{name}.weight", "").removesuffix(".weight")
     kind = "Embedding" if op == "embedding" else "Linear"
     return LayerSpec(name, op, n, k, tuple(alternatives), module_class=kind, tied_to=weight_of or None)

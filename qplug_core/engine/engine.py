@@ -71,7 +71,8 @@ class Engine:
     def nbytes(self) -> int:
         """Bytes of all weights: packed ones and plain ones."""
         plain = {t.data_ptr(): t.nbytes for t in [*self.model.parameters(), *self.model.buffers()]}
-        return sum(plain.values()) + sum(m.nbytes for m in self.methods.values())
+        packed: int = sum(m.nbytes for m in self.methods.values())
+        return packed + int(sum(plain.values()))
 
     @property
     def notes(self) -> list[str]:

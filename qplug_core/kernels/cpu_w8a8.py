@@ -32,8 +32,8 @@ class CpuInt8(Kernel):
         """Refuses whatever else, columns beyond :data:`LARGEST_K`, and machines without AVX2 or compiler."""
         refusals = builder.refusals("int8", device)
         weight, act, scheme = problem.scheme.weight, problem.scheme.act, problem.scheme
-        if problem.op not in ("linear", "lm_head"):
-            refusals.append(Refusal("op", f"operation {problem.op}", "linear or lm_head"))
+        if problem.op not in ("linear", "experts", "lm_head"):
+            refusals.append(Refusal("op", f"operation {problem.op}", "linear, experts or lm_head"))
         if weight is None or problem.encoding or weight.dtype != "int8" or weight.scale_dtype != "float":
             refusals.append(Refusal("scheme", f"scheme {scheme}", "int8 weights with float scales"))
         else:

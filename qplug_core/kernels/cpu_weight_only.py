@@ -38,8 +38,8 @@ class CpuWeightOnly(Kernel):
     def supports(self, problem: Problem, device: Device) -> list[Refusal]:
         """Refuses other operations and widths, quantized activations, sparsity, shifted weights, and machines without AVX2 or compiler."""
         refusals = builder.refusals("weight_only", device)
-        if problem.op not in ("linear", "lm_head"):
-            refusals.append(Refusal("op", f"operation {problem.op}", "linear or lm_head"))
+        if problem.op not in ("linear", "experts", "lm_head"):
+            refusals.append(Refusal("op", f"operation {problem.op}", "linear, experts or lm_head"))
         weight, scheme = problem.scheme.weight, problem.scheme
         widths = " or ".join(str(b) for b in self.bits)
         if weight is None or problem.encoding or not weight.dtype.startswith("int") or weight.bits not in self.bits:

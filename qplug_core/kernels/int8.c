@@ -38,7 +38,7 @@ INLINE vi splat_i(int32_t x) { return (vi){0} + x; }
 INLINE vi codes_at(const code *x) { int32_t four; memcpy(&four, x, 4); return splat_i(four); }
 
 typedef struct {
-    const code *x; /* [rows, KP] */
+    const code *x; /* [rows/R][KP/DEPTH][R][DEPTH], blocks of R rows */
     const float *x_scales;
     const int32_t *x_zeros; /* [M], or NULL */
     const int8_t *codes;
@@ -51,17 +51,18 @@ typedef struct {
 } Product;
 
 /* sum[m][h] = dot products of MT tokens with H vectors of rows, in NA partial sums; vectors past the first tile are in the next. */
-INLINE void multiply(const int MT, const int H, const int NA, const code *x, const int8_t *w, long kp, int ahead, vi sum[MT][H]) {
-    vi acc[MT][H][NA];
+INLINE void multiply(const int MT, const int H, const int NA, const code *x, const int8_t *w, long kp, int ahead, vi sum[MR][2]) {
+    vi acc[MR][2][8];
     UNROLL for (int m = 0; m < MT; m++) UNROLL for (int h = 0; h < H; h++) UNROLL for (int a = 0; a < NA; a++) acc[m][h][a] = splat_i(0);
 #define STEP(a) { \
-        vi v[H]; \
+        vi v[2]; \
         UNROLL for (int h = 0; h < H; h++) v[h] = weights_at(w + h / NV * TILE * kp + h % NV * VL * DEPTH); \
         UNROLL for (int m = 0; m < MT; m++) { \
-            vi xk = codes_at(x + m * kp + k + (a) * DEPTH); \
+            vi xk = codes_at(x + m * DEPTH); \
             UNROLL for (int h = 0; h < H; h++) acc[m][h][a] = dot(acc[m][h][a], v[h], xk); \
         } \
         w += TILE * DEPTH; \
+        x += MT * DEPTH; \
     }
     long k = 0;
     for (; k + NA * DEPTH <= kp; k += NA * DEPTH) {
@@ -91,7 +92,7 @@ INLINE void finish(const Product *p, long m, long n, vi sum) {
 /* MT tokens from m0 with H vectors of rows from `tile`. */
 #define TOKENS(name, MT, H, NA, ahead) \
     static __attribute__((noinline)) void name(const Product *p, long tile, long m0) { \
-        vi sum[MT][H]; \
+        vi sum[MR][2]; \
         multiply(MT, H, NA, p->x + m0 * p->kp, p->codes + tile * TILE * p->kp, p->kp, ahead, sum); \
         for (int m = 0; m < MT && m0 + m < p->m; m++) \
             for (int h = 0; h < H; h++) finish(p, m0 + m, tile * TILE + h * VL, sum[m][h]); \
@@ -102,13 +103,11 @@ TOKENS(four, 4, NV, 2 / NV, 4096)
 TOKENS(block, MR, 2, 1, 0)
 TOKENS(block_last, MR, NV, 1, 0) /* of an odd count of tiles */
 
-/* Codes as the dot product takes them; rows past M are there for whole blocks, and are no result. */
-static void widen(const int8_t *q, long row, const Product *p, long k, code *to) {
-    to += row * p->kp;
-    long i = 0;
-    if (row < p->m)
-        for (; i < k; i++) to[i] = (code)(q[row * k + i] + OFFSET);
-    for (; i < p->kp; i++) to[i] = 0; /* weights are 0 there */
+/* Codes as the dot product takes them, in blocks of R rows; rows past M are there for whole blocks, and are no result. */
+static void widen(const int8_t *q, long row, const Product *p, int R, long k, code *to) {
+    to += row / R * R * p->kp + row % R * DEPTH;
+    for (long i = 0; i < p->kp; i++)
+        to[i / DEPTH * R * DEPTH + i % DEPTH] = row < p->m && i < k ? (code)(q[row * k + i] + OFFSET) : 0; /* weights are 0 past K */
 }
 
 EXPORT int qplug_int8_depth(void) { return DEPTH; }
@@ -117,13 +116,13 @@ EXPORT int qplug_int8_depth(void) { return DEPTH; }
 EXPORT int qplug_int8_product(void *y, const int8_t *q, const float *x_scales, const int32_t *x_zeros, const int8_t *codes,
                               const float *scales, const int32_t *sums, const void *bias, long m, long n, long k,
                               int kind, int bias_kind, int threads) {
-    const long kp = round_up(k, DEPTH), tiles = round_up(n, TILE) / TILE, rows = m <= 4 ? round_up(m, 4) : round_up(m, MR);
+    const long kp = round_up(k, DEPTH), tiles = round_up(n, TILE) / TILE, R = m <= 1 ? 1 : m <= 2 ? 2 : m <= 4 ? 4 : MR, rows = round_up(m, R);
     code *x = scratch((size_t)(rows * kp) * sizeof(code));
     if (!x) return 1;
     Product p = {x, x_scales, x_zeros, codes, scales, sums, bias, y, m, n, kp, kind, bias_kind};
     if (n * kp < 1 << 16) threads = 1; /* waking threads costs more */
     if (m <= 4) {
-        for (long i = 0; i < rows; i++) widen(q, i, &p, k, x);
+        for (long i = 0; i < rows; i++) widen(q, i, &p, (int)R, k, x);
         const long share = tiles / (threads * 8) + 1;
 #pragma omp parallel for schedule(dynamic, share) num_threads(threads)
         for (long t = 0; t < tiles; t++) (m == 1 ? one : m == 2 ? two : four)(&p, t, 0);
@@ -132,7 +131,7 @@ EXPORT int qplug_int8_product(void *y, const int8_t *q, const float *x_scales, c
 #pragma omp parallel num_threads(threads)
         {
 #pragma omp for schedule(static)
-            for (long i = 0; i < rows; i++) widen(q, i, &p, k, x);
+            for (long i = 0; i < rows; i++) widen(q, i, &p, (int)R, k, x);
 #pragma omp for schedule(dynamic, 1)
             for (long i = 0; i < panels * blocks; i++) {
                 const long t0 = i % panels * (PANEL / TILE), t1 = t0 + PANEL / TILE < tiles ? t0 + PANEL / TILE : tiles;

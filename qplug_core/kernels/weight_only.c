@@ -48,20 +48,33 @@ INLINE int place_of(int bits, int j) {
     return j * bits % 16;
 }
 
-/* Field j of the unit at w, of rows h*VL and on, as float32 times 2^place. All arguments but w are constants. */
-INLINE vf field(int bits, const uint32_t *w, int j, int h) {
+/* Masks of fields by place. Kernels hold them behind a pointer that the compiler cannot see through: it would keep all of them in
+ * registers, and spill sums in their place. */
+#define ALL(x) {x, x, x, x, x, x, x, x, x, x, x, x, x, x, x, x}
+#define MASKS(m) {ALL((m)), ALL((m) << 1), ALL((m) << 2), ALL((m) << 3), ALL((m) << 4), ALL((m) << 5), ALL((m) << 6), ALL((m) << 7), \
+                  ALL((m) << 8), ALL((m) << 9), ALL((m) << 10), ALL((m) << 11), ALL((m) << 12), ALL((m) << 13), ALL((m) << 14)}
+typedef int32_t Mask[TILE];
+static const _Alignas(64) Mask masks_2[] = MASKS(3), masks_3[] = MASKS(7), masks_4[] = MASKS(15);
+
+INLINE const Mask *masks_of(int bits) {
+    const Mask *masks = bits == 2 ? masks_2 : bits == 3 ? masks_3 : masks_4;
+    __asm__("" : "+r"(masks));
+    return masks;
+}
+
+/* Field j of the unit at w, of rows h*VL and on, as float32 times 2^place. bits, j and h are constants. */
+INLINE vf field(int bits, const Mask *masks, const uint32_t *w, int j, int h) {
     if (bits == 8) return load_s8((const int8_t *)w + j * TILE + h * VL);
     const uint32_t *p = w + h * VL;
-    int mask = (1 << bits) - 1, place = place_of(bits, j);
     if (bits == 3) {
         vu last = (vu)load_i(p + 2 * TILE);
         if (j == 30) return to_float((vi)(((vu)load_i(p) >> 30) | ((last >> 30 & 1) << 2)));
         if (j == 31) return to_float((vi)(((vu)load_i(p + TILE) >> 30) | (last >> 31 << 2)));
         vu v = (vu)load_i(p + j / 10 * TILE);
-        return to_float((vi)((j % 10 < 5 ? v : v >> 15) & (mask << place)));
+        return to_float((vi)(j % 10 < 5 ? v : v >> 15) & load_i(masks[place_of(bits, j)]));
     }
     vu v = (vu)load_i(p);
-    return to_float((vi)((j * bits < 16 ? v : v >> 16) & (mask << place)));
+    return to_float((vi)(j * bits < 16 ? v : v >> 16) & load_i(masks[place_of(bits, j)]));
 }
 
 INLINE vf zero_of(int bits, const Product *p, long at) {
@@ -128,10 +141,11 @@ INLINE void stream(const int bits, const int MT, const int H, const int NA, cons
             const uint32_t *w = codes + (long)seg[0] * words + h0 * (bits == 8 ? VL / 4 : VL);
             const float *x = xs + (long)seg[0] * unit * MT;
             for (long u = seg[0]; u < seg[1]; u++, w += words, x += unit * MT) {
+                const Mask *masks = masks_of(bits);
                 if (h0 == 0) UNROLL for (int i = 0; i < words; i += 16) prefetch((const char *)(w + i) + AHEAD);
                 UNROLL for (int j = 0; j < unit; j++) {
                     vf v[2];
-                    UNROLL for (int h = 0; h < H; h++) v[h] = field(bits, w, j, h);
+                    UNROLL for (int h = 0; h < H; h++) v[h] = field(bits, masks, w, j, h);
                     UNROLL for (int m = 0; m < MT; m++) {
                         vf xk = splat(x[j * MT + m]);
                         UNROLL for (int h = 0; h < H; h++) acc[m][h][j % NA] += xk * v[h];
@@ -160,9 +174,10 @@ INLINE void stream(const int bits, const int MT, const int H, const int NA, cons
 static int tokens_at_once(long m) { return m <= 1 ? 1 : m <= 2 ? 2 : m <= 4 ? 4 : 8; }
 
 INLINE void stream_tokens(const int bits, const Product *p, long tile) {
-    if (p->m == 1) stream(bits, 1, NV, 8 / NV, p, tile, 0);
-    else if (p->m == 2) stream(bits, 2, NV, 4 / NV, p, tile, 0);
-    else if (p->m <= 4) stream(bits, 4, NV, 2 / NV, p, tile, 0);
+    /* Measured with AVX2: more vectors or sums at once make GCC spill; both are enough to hide the latency of the sums. */
+    if (p->m == 1) stream(bits, 1, bits == 3 ? 1 : NV, NV == 1 ? 8 : bits == 3 ? 4 : 2, p, tile, 0);
+    else if (p->m == 2) stream(bits, 2, 1, 4, p, tile, 0);
+    else if (p->m <= 4) stream(bits, 4, 1, 2, p, tile, 0);
     else for (long m = 0; m < p->m; m += 8) stream(bits, 8, 1, 1, p, tile, m);
 }
 
@@ -180,9 +195,10 @@ INLINE void dequantize(const int bits, const Product *p, long tile0, long tiles,
                 const long lane = t * TILE + h * VL;
                 float *at = to + lane / NR * columns * NR + lane % NR + (seg[0] - first) * unit * NR;
                 const uint32_t *w = codes + (long)seg[0] * words;
+                const Mask *masks = masks_of(bits);
                 for (long u = seg[0]; u < seg[1]; u++, w += words)
                     UNROLL for (int j = 0; j < unit; j++, at += NR) {
-                        vf value = field(bits, w, j, h) * splat(1.0f / (float)(1 << place_of(bits, j)));
+                        vf value = field(bits, masks, w, j, h) * splat(1.0f / (float)(1 << place_of(bits, j)));
                         store(at, (value - zero) * scale);
                     }
             }

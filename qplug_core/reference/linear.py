@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -77,11 +79,7 @@ def _product(x: Tensor, weight: QuantWeight | OpaqueWeight) -> Tensor:
 
 
 def _with_tensors(weight: QuantWeight | OpaqueWeight, tensors: dict[str, Tensor]) -> QuantWeight | OpaqueWeight:
-    from dataclasses import replace
-
-    if isinstance(weight, OpaqueWeight):
-        return replace(weight, stored=tensors)
-    return replace(weight, **tensors)
+    return replace(weight, stored=tensors) if isinstance(weight, OpaqueWeight) else weight.with_tensors(tensors)
 
 
 class ReferenceExperts(ReferenceLinear):

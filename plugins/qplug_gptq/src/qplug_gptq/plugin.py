@@ -34,7 +34,7 @@ def qplug_kernels() -> list[KernelDecl]:
         KernelDecl(
             "gptq.cpu_wna16",
             impl="qplug_gptq.kernels.cpu_wna16:CpuWNA16",
-            ops=("linear", "lm_head"),
+            ops=("linear", "experts", "lm_head"),
             schemes=SCHEMES,
             devices=("avx2",),
             rank=OPTIMIZED,

@@ -34,7 +34,7 @@ def qplug_kernels() -> list[KernelDecl]:
         KernelDecl(
             "int8.cpu_w8a16",
             impl="qplug_int8.kernels.cpu_w8a16:CpuW8A16",
-            ops=("linear", "lm_head"),
+            ops=("linear", "experts", "lm_head"),
             schemes=(W8A16,),
             devices=("avx2",),
             rank=OPTIMIZED,
@@ -44,7 +44,7 @@ def qplug_kernels() -> list[KernelDecl]:
         KernelDecl(
             "int8.cpu_w8a8",
             impl="qplug_int8.kernels.cpu_w8a8:CpuW8A8",
-            ops=("linear", "lm_head"),
+            ops=("linear", "experts", "lm_head"),
             schemes=(f"W8A8 tensor|channel {ACTIVATIONS}",),
             devices=("avx2",),
             rank=OPTIMIZED,
