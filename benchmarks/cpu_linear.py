@@ -43,13 +43,18 @@ Call = Callable[[Tensor], Tensor]
 
 @dataclass
 class Contender:
-    """A way to multiply: calls on copies of one weight, bytes of one copy, dtype of x, and the weight it stands for."""
+    """A way to multiply: calls on copies of one weight, bytes of one copy, dtype of x, and the weight it stands for.
+
+    ``least``: rows of x that it needs; ``integers``: whether x must hold small integers.
+    """
 
     name: str
     calls: list[Call]
     nbytes: int
     dtype: torch.dtype
     weight: Tensor
+    least: int = 1
+    integers: bool = False
 
 
 @dataclass
@@ -112,7 +117,9 @@ def plain(n: int, k: int, dtype: torch.dtype) -> Contender:
         own = weight.clone()
         return lambda x: F.linear(x, own)
 
-    return Contender(f"F.linear {str(dtype).removeprefix('torch.')}", copies(weight.nbytes, make), weight.nbytes, dtype, weight.float())
+    return Contender(
+        f"F.linear {str(dtype).removeprefix('torch.')}", copies(weight.nbytes, make), weight.nbytes, dtype, weight.float()
+    )
 
 
 def int8pack(n: int, k: int) -> Contender:
@@ -147,10 +154,13 @@ def int_mm(n: int, k: int) -> Contender:
 
     def make() -> Call:
         own = codes.clone()
-        # Codes only: the activations are rounded, but no scale is computed or applied.
-        return lambda x: torch._int_mm(x.clamp(-127, 127).to(torch.int8), own)
+        # Codes only: no scale is computed or applied.
+        return lambda x: torch._int_mm(x.to(torch.int8), own)
 
-    return Contender("torch._int_mm, codes only", copies(codes.nbytes, make), codes.nbytes, torch.float32, codes.T.float())
+    calls = copies(codes.nbytes, make)
+    return Contender(
+        "torch._int_mm, codes only", calls, codes.nbytes, torch.float32, codes.T.float(), least=17, integers=True
+    )
 
 
 def contenders(n: int, k: int) -> list[Contender]:
@@ -170,27 +180,24 @@ def measure(shape: tuple[int, int], m: int, group: list[Contender], limit: float
     """Rounds in which every contender is called twice, until each had ``seconds`` (and at least 3 rounds)."""
     n, k = shape
     x = torch.randn(m, k)
-    times: dict[str, list[float]] = {c.name: [] for c in group}
     errors: dict[str, float] = {}
+    order, inputs = [], {}
     for c in group:
-        # int8 matrices of torch want more than 16 rows.
-        given = x.round() if c.name.startswith("torch._int_mm") else x
+        if m < c.least:
+            continue
+        given = (x.round() if c.integers else x).to(c.dtype)
+        rows = given[:32]
         start = time.perf_counter()
-        y = c.calls[0](given[:1].to(c.dtype)) if not c.name.startswith("torch._int_mm") else None
-        single = time.perf_counter() - start
-        if y is None and m <= 16:
-            print(f"  {c.name}: takes more than 16 rows only")
-            times.pop(c.name)
+        y = c.calls[0](rows).double()
+        expected = (time.perf_counter() - start) * m / len(rows)
+        if expected > SLOW:
+            print(f"  {c.name}: left out, one call would take about {expected:.0f} s")
             continue
-        if c.name == "F.linear bfloat16" and single * m / 2 > SLOW:
-            print(f"  {c.name}: left out, one call would take up to {single * m:.0f} s here")
-            times.pop(c.name)
-            continue
-        rows = given[: min(m, 32)].to(c.dtype)
         exact = rows.double() @ c.weight.double().T
-        errors[c.name] = float((c.calls[0](rows).double() - exact).norm() / exact.norm())
-    order = [c for c in group if c.name in times]
-    given_x = {c.name: (x.round() if c.name.startswith("torch._int_mm") else x).to(c.dtype) for c in order}
+        errors[c.name] = float((y - exact).norm() / exact.norm())
+        order.append(c)
+        inputs[c.name] = given
+    times: dict[str, list[float]] = {c.name: [] for c in order}
     used = {c.name: 0.0 for c in order}
     turn = 0
     while any(used[c.name] < seconds or len(times[c.name]) < 6 for c in order):
@@ -200,7 +207,7 @@ def measure(shape: tuple[int, int], m: int, group: list[Contender], limit: float
             for _ in range(2):
                 call = c.calls[len(times[c.name]) % len(c.calls)]
                 start = time.perf_counter()
-                call(given_x[c.name])
+                call(inputs[c.name])
                 times[c.name].append(time.perf_counter() - start)
                 used[c.name] += times[c.name][-1]
         turn += 1
@@ -232,7 +239,9 @@ def overhead() -> dict[str, float]:
     operation = module.weight_only
     calls: dict[str, Callable[[], object]] = {
         "C function through ctypes": lambda: function(*arguments),
-        "operation qplug::weight_only": lambda: operation(x, t["codes"], t["scales"], None, t["segments"], None, None, 16, 4),
+        "operation qplug::weight_only": lambda: operation(
+            x, t["codes"], t["scales"], None, t["segments"], None, None, 16, 4
+        ),
         "apply of weight-only": lambda: kernel.apply(x, packed),
         "apply of W8A8": lambda: int8.apply(x, int8_packed),
         "nn.Linear bfloat16": lambda: linear(x),
@@ -293,7 +302,13 @@ def main() -> None:
                         f"  {row.name:44s}{row.ms:9.3f}{row.gb_per_s:8.1f}{row.of_read_limit:10.0%}{row.gflop_per_s:10.1f}{row.error:11.1e}"
                     )
     if options.json:
-        result = {"schema": 1, "machine": facts, "read_limits": limits, "overhead_us": calls, "rows": [asdict(r) for r in rows]}
+        result = {
+            "schema": 1,
+            "machine": facts,
+            "read_limits": limits,
+            "overhead_us": calls,
+            "rows": [asdict(r) for r in rows],
+        }
         with open(options.json, "w") as out:
             json.dump(result, out, indent=1)
 

@@ -46,7 +46,7 @@ class SchemePattern:
     text: str
 
     def __post_init__(self) -> None:
-        self._parts()
+        self.parts()
 
     def matches(self, scheme: QuantScheme) -> bool:
         """True where the scheme is in the set. The KV cache is not looked at."""
@@ -56,7 +56,7 @@ class SchemePattern:
         """The first thing about ``scheme`` that is outside of the set, or an empty string."""
         if self.text == "*":
             return ""
-        bases, conditions = self._parts()
+        bases, conditions = self.parts()
         if not any(_same_numbers(QuantScheme.parse(base), scheme) for base in bases):
             return f"scheme {scheme}"
         weight, act = scheme.weight, scheme.act
@@ -82,9 +82,13 @@ class SchemePattern:
 
     def example(self) -> list[str]:
         """The base names of the set, canonical, for reports; none where it is every scheme."""
-        return [str(QuantScheme.parse(base)).split("_")[0] for base in self._parts()[0]]
+        return [str(QuantScheme.parse(base)).split("_")[0] for base in self.parts()[0]]
 
-    def _parts(self) -> tuple[list[str], list[str]]:
+    def parts(self) -> tuple[list[str], list[str]]:
+        """Base names, alternatives written out, and conditions as they stand.
+
+        :raises SchemeError: for a condition that is not one.
+        """
         if self.text == "*":
             return [], []
         base, *conditions = self.text.split()

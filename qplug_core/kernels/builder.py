@@ -44,7 +44,9 @@ def load(name: str) -> ctypes.CDLL | Refusal:
     """The kernels of ``<name>.c`` for the CPU of this machine, built if needed; a refusal with the reason where that fails."""
     chosen = instruction_set(Device.cpu())
     if chosen is None:
-        return Refusal("device", f"a CPU with {', '.join(sorted(Device.cpu().features)) or 'no vector unit known here'}", "AVX2")
+        return Refusal(
+            "device", f"a CPU with {', '.join(sorted(Device.cpu().features)) or 'no vector unit known here'}", "AVX2"
+        )
     found = build(name, chosen)
     return found if isinstance(found, Refusal) else _open(found)
 
@@ -87,7 +89,9 @@ def compile_to(target: Path, name: str, command: list[str]) -> Path | Refusal:
             done = subprocess.run(step, capture_output=True, text=True, check=False)
             if done.returncode:
                 reason = next((line for line in done.stderr.splitlines() if "error" in line), done.stderr.strip()[-200:])
-                return Refusal("requires", f"a C compiler that failed ({reason})", "GCC 9 or Clang 10 and newer", "set CC to one")
+                return Refusal(
+                    "requires", f"a C compiler that failed ({reason})", "GCC 9 or Clang 10 and newer", "set CC to one"
+                )
         os.replace(shared, target)
     return target
 
@@ -125,7 +129,9 @@ def _open(path: Path) -> ctypes.CDLL | Refusal:
     try:
         return ctypes.CDLL(str(path))
     except OSError as error:
-        return Refusal("requires", f"built kernels that do not load ({error})", "a torch with OpenMP", f"delete {path} if it is stale")
+        return Refusal(
+            "requires", f"built kernels that do not load ({error})", "a torch with OpenMP", f"delete {path} if it is stale"
+        )
 
 
 def refusals(name: str, device: Device) -> list[Refusal]:

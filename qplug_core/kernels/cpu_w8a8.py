@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,7 +19,7 @@ from ..scheme import TensorQuant
 from ..support import Refusal
 from ..weight import OpaqueWeight, QuantWeight
 from . import builder
-from .torch_c import KINDS, address, operation, rows_of
+from .torch_c import KINDS, address, bias_kind, operation
 
 TILE = 16
 LARGEST_K = 65536
@@ -38,20 +39,30 @@ class CpuInt8(Kernel):
             refusals.append(Refusal("scheme", f"scheme {scheme}", "int8 weights with float scales"))
         else:
             if weight.block[1] and weight.block[1] < problem.k:
-                refusals.append(Refusal("group", f"weight scales by {weight.granularity} {weight.block}", "one scale for each row, or fewer"))
+                refusals.append(
+                    Refusal(
+                        "group", f"weight scales by {weight.granularity} {weight.block}", "one scale for each row, or fewer"
+                    )
+                )
             if not weight.symmetric:
                 refusals.append(Refusal("zeros", "weights with zero points", "symmetric weights"))
         if act is None or act.dtype != "int8":
             refusals.append(Refusal("scheme", f"activations of {act.dtype if act else '16 bit'}", "int8 activations"))
         else:
             if act.block != ((1, 0) if act.dynamic else (0, 0)):
-                refusals.append(Refusal("scheme", f"activation scales by {act.block}", "dynamic scales by token, or one static scale"))
+                refusals.append(
+                    Refusal("scheme", f"activation scales by {act.block}", "dynamic scales by token, or one static scale")
+                )
             if act.dynamic == "local" or act.scale_dtype != "float" or act.outlier:
-                refusals.append(Refusal("scheme", f"activations of scheme {scheme}", "plain float32 scales, without outliers"))
+                refusals.append(
+                    Refusal("scheme", f"activations of scheme {scheme}", "plain float32 scales, without outliers")
+                )
             if act.rule not in ("", "127", "127.5"):
                 refusals.append(Refusal("rule", f"activation rule {act.rule}", "127 or 127.5"))
         if scheme.act_order or scheme.sparsity:
-            refusals.append(Refusal("act_order" if scheme.act_order else "scheme", f"scheme {scheme}", "dense columns in order"))
+            refusals.append(
+                Refusal("act_order" if scheme.act_order else "scheme", f"scheme {scheme}", "dense columns in order")
+            )
         if problem.shift:
             refusals.append(Refusal("zeros", "a shift in units of the weight", "weights without one"))
         if problem.k > LARGEST_K:
@@ -75,7 +86,16 @@ class CpuInt8(Kernel):
             x = x * t["pre_scale"].to(x.dtype)
         meta = packed.meta
         y: Tensor = w8a8(
-            x, t["codes"], t["scales"], t["sums"], t.get("act_scale"), t.get("act_zero"), bias, packed.n, meta["symmetric"], meta["half"]
+            x,
+            t["codes"],
+            t["scales"],
+            t["sums"],
+            t.get("act_scale"),
+            t.get("act_zero"),
+            bias,
+            packed.n,
+            meta["symmetric"],
+            meta["half"],
         )
         return y
 
@@ -97,7 +117,7 @@ def pack(weight: QuantWeight, name: str) -> PackedWeight:
     n, k = weight.n, weight.k
     codes = torch.nn.functional.pad(weight.codes, (0, -k % depth, 0, -n % TILE))
     rows, columns = codes.shape
-    scales = weight.regroup(1, 0).scale_values() if weight.block[1] == 0 else weight.regroup(1, weight.block[1]).scale_values()
+    scales = weight.regroup(1, weight.block[1]).scale_values()
     tensors = {
         "codes": codes.view(rows // TILE, TILE, columns // depth, depth).transpose(1, 2).contiguous(),
         "scales": torch.nn.functional.pad(scales.reshape(n), (0, rows - n)),
@@ -120,56 +140,82 @@ def _pointers(weight: QuantWeight) -> set[int]:
     return {t.data_ptr() for t in weight.tensors().values()}
 
 
+class _Functions(NamedTuple):
+    quantize: ctypes._NamedFuncPointer
+    product: ctypes._NamedFuncPointer
+    w8a8: ctypes._NamedFuncPointer
+
+
 @functools.cache
-def _functions() -> tuple[ctypes._NamedFuncPointer, ctypes._NamedFuncPointer]:
+def _functions() -> _Functions:
     library = builder.library("int8")
-    quantize, product = library.qplug_int8_quantize, library.qplug_int8_product
+    found = _Functions(library.qplug_int8_quantize, library.qplug_int8_product, library.qplug_w8a8)
     pointer, integer, long, real = ctypes.c_void_p, ctypes.c_int, ctypes.c_long, ctypes.c_float
-    quantize.argtypes = [pointer] * 6 + [long] * 2 + [integer] * 2 + [real] * 2 + [integer]
-    quantize.restype = None
-    product.argtypes = [pointer] * 8 + [long] * 3 + [integer] * 3
-    return quantize, product
+    found.quantize.argtypes = [pointer] * 6 + [long] * 2 + [integer] * 2 + [real] * 2 + [integer]
+    found.quantize.restype = None
+    found.product.argtypes = [pointer] * 8 + [long] * 3 + [integer] * 3
+    found.w8a8.argtypes = [pointer] * 8 + [long] * 3 + [integer] * 3 + [real] * 2 + [integer]
+    return found
 
 
-def _quantize(x: Tensor, scale: Tensor | None, zero: Tensor | None, symmetric: bool, half: bool) -> tuple[Tensor, Tensor, Tensor]:
-    flat = rows_of(x)
-    m, k = flat.shape
-    codes = torch.empty((m, k), dtype=torch.int8)
-    scales = torch.empty(m)
-    zeros = torch.empty(m, dtype=torch.int32)
-    dynamic = scale is None
-    low = -127.0 if dynamic and symmetric and not half else -128.0
-    _functions()[0](
-        codes.data_ptr(), scales.data_ptr(), zeros.data_ptr(), flat.data_ptr(), address(scale), address(zero), m, k, KINDS[x.dtype],
-        symmetric, 127.5 if half else 127.0, low, torch.get_num_threads(),
+def _rule(dynamic: bool, symmetric: bool, half: bool) -> tuple[float, float]:
+    """Divisor of amax, and the lowest code."""
+    return 127.5 if half else 127.0, -127.0 if dynamic and symmetric and not half else -128.0
+
+
+def _quantize(
+    x: Tensor, scale: Tensor | None, zero: Tensor | None, symmetric: bool, half: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    x = x.contiguous()
+    codes, scales, zeros = _quantize_fake(x, scale, zero, symmetric, half)
+    _functions().quantize(
+        codes.data_ptr(), scales.data_ptr(), zeros.data_ptr(), x.data_ptr(), address(scale), address(zero), *codes.shape,
+        KINDS[x.dtype], symmetric, *_rule(scale is None, symmetric, half), torch.get_num_threads(),
     )  # fmt: skip
     return codes, scales, zeros
 
 
-def _quantize_fake(x: Tensor, scale: Tensor | None, zero: Tensor | None, symmetric: bool, half: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _quantize_fake(
+    x: Tensor, scale: Tensor | None, zero: Tensor | None, symmetric: bool, half: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     k = x.shape[-1]
     m = x.numel() // k
     return x.new_empty((m, k), dtype=torch.int8), x.new_empty(m, dtype=torch.float32), x.new_empty(m, dtype=torch.int32)
 
 
 def _product(
-    q: Tensor, q_scales: Tensor, q_zeros: Tensor | None, codes: Tensor, scales: Tensor, sums: Tensor, bias: Tensor | None, n: int, dtype: torch.dtype
+    q: Tensor,
+    q_scales: Tensor,
+    q_zeros: Tensor | None,
+    codes: Tensor,
+    scales: Tensor,
+    sums: Tensor,
+    bias: Tensor | None,
+    n: int,
+    dtype: torch.dtype,
 ) -> Tensor:
+    q, bias = q.contiguous(), None if bias is None else bias.contiguous()
     m, k = q.shape
-    y = torch.empty((m, n), dtype=dtype)
-    if bias is not None:
-        bias = bias.contiguous()
-    failed = _functions()[1](
+    y = q.new_empty((m, n), dtype=dtype)
+    failed = _functions().product(
         y.data_ptr(), q.data_ptr(), q_scales.data_ptr(), address(q_zeros), codes.data_ptr(), scales.data_ptr(), sums.data_ptr(),
-        address(bias), m, n, k, KINDS[dtype], 0 if bias is None else KINDS[bias.dtype], torch.get_num_threads(),
+        address(bias), m, n, k, KINDS[dtype], bias_kind(bias), torch.get_num_threads(),
     )  # fmt: skip
     if failed:
-        raise MemoryError(f"no memory for {m} tokens of {k} columns in int16")
+        raise MemoryError(f"no memory for {m} tokens of {k} columns in 16 bits")
     return y
 
 
 def _product_fake(
-    q: Tensor, q_scales: Tensor, q_zeros: Tensor | None, codes: Tensor, scales: Tensor, sums: Tensor, bias: Tensor | None, n: int, dtype: torch.dtype
+    q: Tensor,
+    q_scales: Tensor,
+    q_zeros: Tensor | None,
+    codes: Tensor,
+    scales: Tensor,
+    sums: Tensor,
+    bias: Tensor | None,
+    n: int,
+    dtype: torch.dtype,
 ) -> Tensor:
     return q.new_empty((q.shape[0], n), dtype=dtype)
 
@@ -186,9 +232,18 @@ def _w8a8(
     symmetric: bool,
     half: bool,
 ) -> Tensor:
-    q, q_scales, q_zeros = _quantize(x, act_scale, act_zero, symmetric, half)
-    y = _product(q, q_scales, None if symmetric else q_zeros, codes, scales, sums, bias, n, x.dtype)
-    return y.view(*x.shape[:-1], n)
+    x, bias = x.contiguous(), None if bias is None else bias.contiguous()
+    k = x.shape[-1]
+    m = x.numel() // k
+    y = x.new_empty((*x.shape[:-1], n))
+    divisor, low = _rule(act_scale is None, symmetric, half)
+    failed = _functions().w8a8(
+        y.data_ptr(), x.data_ptr(), address(act_scale), address(act_zero), codes.data_ptr(), scales.data_ptr(), sums.data_ptr(),
+        address(bias), m, n, k, KINDS[x.dtype], bias_kind(bias), symmetric, divisor, low, torch.get_num_threads(),
+    )  # fmt: skip
+    if failed:
+        raise MemoryError(f"no memory for {m} tokens of {k} columns in 16 bits")
+    return y
 
 
 def _w8a8_fake(
@@ -208,7 +263,9 @@ def _w8a8_fake(
 
 _PACKED = "Tensor codes, Tensor scales, Tensor sums"
 int8_quantize = operation(
-    "int8_quantize(Tensor x, Tensor? scale, Tensor? zero, bool symmetric, bool half) -> (Tensor, Tensor, Tensor)", _quantize, _quantize_fake
+    "int8_quantize(Tensor x, Tensor? scale, Tensor? zero, bool symmetric, bool half) -> (Tensor, Tensor, Tensor)",
+    _quantize,
+    _quantize_fake,
 )
 int8_product = operation(
     f"int8_product(Tensor q, Tensor q_scales, Tensor? q_zeros, {_PACKED}, Tensor? bias, int n, ScalarType dtype) -> Tensor",

@@ -18,7 +18,7 @@ from ..kernel import Kernel, PackedWeight, Problem
 from ..support import Refusal
 from ..weight import OpaqueWeight, QuantWeight
 from . import builder
-from .torch_c import KINDS, address, operation, rows_of
+from .torch_c import KINDS, address, bias_kind, operation
 
 TILE = 16
 SEGMENT = 128
@@ -92,10 +92,11 @@ def pack(weight: QuantWeight, name: str) -> PackedWeight:
     columns = _columns(weight, UNITS[bits])
     rows = -weight.n % TILE
     low = 0 if weight.codes.dtype == torch.uint8 else 1 << (bits - 1)
-    source = weight.codes.to(torch.int16) + low
+    # In uint8 this wraps round, from two's complement to unsigned.
+    source = weight.codes.view(torch.uint8) + low
     codes = torch.zeros(weight.n + rows, len(columns.order), dtype=torch.uint8)
     kept = columns.order >= 0
-    codes[: weight.n, kept] = source[:, columns.order[kept].long()].to(torch.uint8)
+    codes[: weight.n, kept] = source[:, columns.order[kept].long()]
     kind = weight.scales.dtype
     exact = kind in KINDS and weight.global_scale is None
     if weight.zeros is not None and weight.zeros.is_floating_point():
@@ -108,7 +109,7 @@ def pack(weight: QuantWeight, name: str) -> PackedWeight:
         "segments": columns.segments,
     }
     if weight.zeros is not None:
-        # Codes of 8 bits with int8 zeros would be signed; the kernel thinks of codes and zeros as unsigned.
+        # Codes and zero points are moved together where the codes were signed.
         tensors["zeros"] = _tiles(weight.zeros.float() + low, rows).to(kind)
     if not columns.identity:
         tensors["order"] = columns.order
@@ -121,10 +122,8 @@ def pack(weight: QuantWeight, name: str) -> PackedWeight:
 def _columns(weight: QuantWeight, unit: int) -> _Columns:
     """Columns sorted by group, each group padded to whole units, and the segments that sums are taken over."""
     k, groups = weight.k, weight.scales.shape[-1]
-    if weight.group_index is not None:
-        index = weight.group_index.long()
-    else:
-        index = torch.arange(k) // (weight.block[1] or max(k, 1))
+    by_position = torch.arange(k) // (weight.block[1] or max(k, 1))
+    index = by_position if weight.group_index is None else weight.group_index.long()
     order: list[Tensor] = []
     segments: list[list[int]] = []
     start = 0
@@ -189,16 +188,15 @@ def _run(
     n: int,
     bits: int,
 ) -> Tensor:
-    flat = rows_of(x)
-    m, k = flat.shape
+    x, bias = x.contiguous(), None if bias is None else bias.contiguous()
+    k = x.shape[-1]
+    m = x.numel() // k
     y = x.new_empty((*x.shape[:-1], n))
     kp = codes.shape[1] * (1 if bits == 8 else UNITS[bits])
-    if bias is not None:
-        bias = bias.contiguous()
     failed = _function()(
-        y.data_ptr(), flat.data_ptr(), codes.data_ptr(), scales.data_ptr(), address(zeros), segments.data_ptr(), address(order),
+        y.data_ptr(), x.data_ptr(), codes.data_ptr(), scales.data_ptr(), address(zeros), segments.data_ptr(), address(order),
         address(bias), m, n, k, kp, scales.shape[1], segments.shape[0], bits, KINDS[x.dtype], KINDS[scales.dtype],
-        0 if bias is None else KINDS[bias.dtype], torch.get_num_threads(),
+        bias_kind(bias), torch.get_num_threads(),
     )  # fmt: skip
     if failed:
         raise MemoryError(f"no memory for {m} tokens of {kp} columns in float32")

@@ -97,17 +97,23 @@ INLINE void finish(const Product *p, long m, long n, vi sum) {
         for (int m = 0; m < MT && m0 + m < p->m; m++) \
             for (int h = 0; h < H; h++) finish(p, m0 + m, tile * TILE + h * VL, sum[m][h]); \
     }
-TOKENS(one, 1, NV, 8 / NV, 4096)
-TOKENS(two, 2, NV, 4 / NV, 4096)
-TOKENS(four, 4, NV, 2 / NV, 4096)
+TOKENS(one, 1, NV, 8 / NV, 8192)
+TOKENS(two, 2, NV, 4 / NV, 8192)
+TOKENS(four, 4, NV, 2 / NV, 8192)
 TOKENS(block, MR, 2, 1, 0)
 TOKENS(block_last, MR, NV, 1, 0) /* of an odd count of tiles */
 
 /* Codes as the dot product takes them, in blocks of R rows; rows past M are there for whole blocks, and are no result. */
 static void widen(const int8_t *q, long row, const Product *p, int R, long k, code *to) {
     to += row / R * R * p->kp + row % R * DEPTH;
-    for (long i = 0; i < p->kp; i++)
-        to[i / DEPTH * R * DEPTH + i % DEPTH] = row < p->m && i < k ? (code)(q[row * k + i] + OFFSET) : 0; /* weights are 0 past K */
+    if (row < p->m) {
+        q += row * k;
+        if (R == 1)
+            for (long i = 0; i < k; i++) to[i] = (code)(q[i] + OFFSET);
+        else
+            for (long i = 0; i < k; i++) to[i / DEPTH * R * DEPTH + i % DEPTH] = (code)(q[i] + OFFSET);
+    }
+    for (long i = row < p->m ? k : 0; i < p->kp; i++) to[i / DEPTH * R * DEPTH + i % DEPTH] = 0; /* weights are 0 past K */
 }
 
 EXPORT int qplug_int8_depth(void) { return DEPTH; }
@@ -198,17 +204,36 @@ static void quantize_row(int kind, const void *x, long row, long k, const float 
         v = v / splat(by) + splat(z);
         v = (vf)((vi)v & (vi)(v == v)); /* NaN has code 0 */
         v = vmin(vmax(v, splat(low)), splat(127.0f));
-        vi c = round_i(v);
-        for (long l = 0; l < count; l++) q[row * k + i + l] = (int8_t)c[l];
+        int8_t codes[VL];
+        store_s8(count == VL ? q + row * k + i : codes, round_i(v));
+        if (count < VL) memcpy(q + row * k + i, codes, (size_t)count);
     }
     out_scale[row] = isnan ? __builtin_nanf("") : s;
-    if (out_zero) out_zero[row] = (int32_t)z;
+    out_zero[row] = (int32_t)z;
 }
 
-/* Codes q[m, k], scales[m] and zeros[m] (NULL where symmetric) of x. `scale` and `zero` are the stored ones, or NULL: dynamic. */
+/* Codes q[m, k], scales[m] and zeros[m] (0 where symmetric) of x. `scale` and `zero` are the stored ones, or NULL: dynamic. */
 EXPORT void qplug_int8_quantize(int8_t *q, float *scales, int32_t *zeros, const void *x, const float *scale, const int32_t *zero,
                                 long m, long k, int kind, int symmetric, float divisor, float low, int threads) {
     if (m * k < 1 << 14) threads = 1;
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (long i = 0; i < m; i++) quantize_row(kind, x, i, k, scale, zero, symmetric, divisor, low, q, scales, zeros);
+}
+
+/* Both in one call. */
+EXPORT int qplug_w8a8(void *y, const void *x, const float *scale, const int32_t *zero, const int8_t *codes, const float *scales,
+                      const int32_t *sums, const void *bias, long m, long n, long k, int kind, int bias_kind, int symmetric,
+                      float divisor, float low, int threads) {
+    int8_t *q = scratch((size_t)(m * k));
+    float *x_scales = scratch((size_t)m * 4);
+    int32_t *x_zeros = scratch((size_t)m * 4);
+    int failed = !q || !x_scales || !x_zeros;
+    if (!failed) {
+        qplug_int8_quantize(q, x_scales, x_zeros, x, scale, zero, m, k, kind, symmetric, divisor, low, threads);
+        failed = qplug_int8_product(y, q, x_scales, symmetric ? NULL : x_zeros, codes, scales, sums, bias, m, n, k, kind, bias_kind, threads);
+    }
+    free(q);
+    free(x_scales);
+    free(x_zeros);
+    return failed;
 }

@@ -33,6 +33,6 @@ def address(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 
 
-def rows_of(x: Tensor) -> Tensor:
-    """x ``[*, K]`` as contiguous ``[M, K]``."""
-    return x.reshape(-1, x.shape[-1]).contiguous()
+def bias_kind(bias: Tensor | None) -> int:
+    """``enum kind`` of a bias, 0 for none."""
+    return 0 if bias is None else KINDS[bias.dtype]

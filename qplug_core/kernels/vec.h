@@ -46,8 +46,13 @@ typedef uint32_t vu __attribute__((vector_size(4 * VL)));
 
 #if defined(__AVX512F__)
 INLINE vi round_i(vf x) { return (vi)_mm512_cvtps_epi32(x); }
+INLINE void store_s8(int8_t *p, vi x) { _mm_storeu_si128((void *)p, _mm512_cvtsepi32_epi8((__m512i)x)); }
 #else
 INLINE vi round_i(vf x) { return (vi)_mm256_cvtps_epi32(x); }
+INLINE void store_s8(int8_t *p, vi x) {
+    __m128i words = _mm_packs_epi32(_mm256_castsi256_si128((__m256i)x), _mm256_extracti128_si256((__m256i)x, 1));
+    _mm_storel_epi64((void *)p, _mm_packs_epi16(words, words));
+}
 #endif
 INLINE vf to_float(vi x) { return __builtin_convertvector(x, vf); }
 INLINE vf load(const float *p) { vf x; memcpy(&x, p, sizeof x); return x; }

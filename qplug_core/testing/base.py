@@ -9,21 +9,15 @@ from dataclasses import dataclass
 from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from ..decl import Declarations, FormatDecl, KernelDecl, QuantizerDecl, SchemePattern
+from ..decl import Declarations, FormatDecl, KernelDecl, QuantizerDecl
 from ..device import Device, local_devices
-from ..errors import SchemeError
 from ..hookspecs import ENTRY_POINTS
 from ..registry import Registry, _declared
+from ..samples import schemes_of
 from ..scheme import QuantScheme, TensorQuant
 
 if TYPE_CHECKING:
     import pytest
-
-GROUPS = (32, 128)
-"""Group sizes that stand for ``g*``."""
-EVERYTHING = ("W4A16_g128", "W4A16_g32_asym", "W8A8", "Wfp8Afp8_b128x128", "Wnvfp4A16", "WNF4A16")
-"""Schemes that stand for the pattern ``*``."""
-
 
 @dataclass(frozen=True)
 class FormatCase:
@@ -91,60 +85,6 @@ class Conformance:
         for name, make in CASES.items():
             if name in metafunc.fixturenames:
                 metafunc.parametrize(name, make(self.declarations()), ids=str)
-
-
-def schemes_of(patterns: tuple[str, ...]) -> list[QuantScheme]:
-    """Schemes that stand for the sets of ``patterns``: every base, granularity, sign, order and activation that they "
-    "name."""
-    found: dict[QuantScheme, None] = {}
-    for text in patterns:
-        if text == "*":
-            found.update(dict.fromkeys(QuantScheme.parse(name) for name in EVERYTHING))
-            continue
-        pattern = SchemePattern(text)
-        bases, conditions = pattern._parts()
-        for base in bases:
-            act = QuantScheme.parse(base).act is not None
-            options = [_words(c) for c in conditions if act or not c.startswith(("a:", "rules="))]
-            for name in _products(base, options):
-                try:
-                    scheme = QuantScheme.parse(name)
-                except SchemeError:
-                    continue  # A combination that is no scheme, such as floats with zero points.
-                if pattern.matches(scheme) and _is_distinct(scheme):
-                    found[scheme] = None
-    return list(found)
-
-
-def _words(condition: str) -> list[str]:
-    """The alternatives of one condition, as suffixes of a scheme name."""
-    kind, _, text = condition.rpartition("=" if condition.startswith("rules=") else ":")
-    if kind == "rules":
-        return ["", *(f"a:rule={word}" for word in text.split("|"))]
-    if kind == "a":
-        return [f"a:{each}" for word in text.split("|") for each in _concrete(word)]
-    if condition in ("actorder", "2:4"):
-        return ["", condition]
-    return [each for word in condition.split("|") for each in _concrete(word)]
-
-
-def _is_distinct(scheme: QuantScheme) -> bool:
-    """False where a word changes nothing: act order without groups, a rule for a scale that is stored."""
-    grouped = scheme.weight is not None and scheme.weight.granularity == "group"
-    ruled = scheme.act is not None and scheme.act.rule != ""
-    return (grouped or not scheme.act_order) and not (ruled and scheme.act is not None and scheme.act.dynamic is not True)
-
-
-def _concrete(word: str) -> list[str]:
-    if word.startswith("g*"):
-        return [f"g{group}{word[2:]}" for group in GROUPS]
-    return ["b128x128", "b64x32"] if word == "b*" else [word]
-
-
-def _products(name: str, options: list[list[str]]) -> list[str]:
-    if not options:
-        return [name]
-    return [text for word in options[0] for text in _products(f"{name}_{word}" if word else name, options[1:])]
 
 
 def device_for(decl: KernelDecl) -> tuple[Device, bool]:

@@ -76,7 +76,9 @@ def test_object_that_does_not_load_is_a_refusal(fresh: Path, monkeypatch: pytest
     assert found.code == "requires"
 
 
-def test_prebuilt_object_beside_the_source_is_taken_first(fresh: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_prebuilt_object_beside_the_source_is_taken_first(
+    fresh: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setattr(builder, "FOLDER", tmp_path)
     (tmp_path / "k.c").write_text('__attribute__((visibility("default"))) int answer(void) { return 42; }')
     prebuilt = tmp_path / f"k-avx2-{builder.source_digest('k')}.so"
@@ -99,7 +101,9 @@ def test_unwritable_cache_falls_back_to_a_private_folder(tmp_path: Path, monkeyp
 
 
 def test_processes_that_build_at_once_all_succeed(fresh: Path) -> None:
-    code = "from qplug_core.kernels import builder; p = builder.build('int8', 'avx2'); import ctypes; print(p.stat().st_size)"
+    code = (
+        "from qplug_core.kernels import builder; p = builder.build('int8', 'avx2'); import ctypes; print(p.stat().st_size)"
+    )
     running = [subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) for _ in range(3)]
     sizes = {p.communicate()[0] for p in running}
     assert all(p.returncode == 0 for p in running)
@@ -107,7 +111,9 @@ def test_processes_that_build_at_once_all_succeed(fresh: Path) -> None:
     assert len(list((fresh / "qplug").iterdir())) == 1
 
 
-@pytest.mark.parametrize(("name", "chosen"), [("avx2", "avx2"), ("avx512", "avx512"), ("amx", "avx512_vnni"), ("neon", None)])
+@pytest.mark.parametrize(
+    ("name", "chosen"), [("avx2", "avx2"), ("avx512", "avx512"), ("amx", "avx512_vnni"), ("neon", None)]
+)
 def test_instruction_set_of_named_devices(name: str, chosen: str | None) -> None:
     assert builder.instruction_set(Device.from_name(name)) == chosen
 

@@ -15,7 +15,15 @@ from qplug_core.testing.weights import random_weight
 
 TOKENS = (0, 1, 2, 3, 4, 5, 8, 9, 33, 130)
 SHAPES = ((1, 16), (7, 48), (17, 100), (96, 257), (130, 63))
-SCHEMES = ("W8A8", "W8A8_a:rule=127", "W8A8_a:rule=127.5", "W8A8_a:asym", "W8A8_static", "W8A8_a:tensor.static.asym", "W8A8_tensor")
+SCHEMES = (
+    "W8A8",
+    "W8A8_a:rule=127",
+    "W8A8_a:rule=127.5",
+    "W8A8_a:asym",
+    "W8A8_static",
+    "W8A8_a:tensor.static.asym",
+    "W8A8_tensor",
+)
 
 
 class Int8(CpuInt8):
@@ -108,7 +116,17 @@ def test_sums_of_extreme_codes_are_exact(m: int) -> None:
     weight = replace(weight, codes=torch.full((17, k), -128, dtype=torch.int8), scales=torch.ones(17, 1))
     t = KERNEL.pack(weight).tensors
     q = torch.full((m, k), 127, dtype=torch.int8)
-    y = int8_product(q, torch.ones(m), torch.full((m,), -128, dtype=torch.int32), t["codes"], t["scales"], t["sums"], None, 17, torch.float32)
+    y = int8_product(
+        q,
+        torch.ones(m),
+        torch.full((m,), -128, dtype=torch.int32),
+        t["codes"],
+        t["scales"],
+        t["sums"],
+        None,
+        17,
+        torch.float32,
+    )
     assert torch.equal(y, torch.full((m, 17), -255.0 * 128 * k))
 
 

@@ -199,7 +199,9 @@ def test_operation_is_well_formed_and_compiles(text: str) -> None:
     t = packed.tensors
     x, bias = torch.randn(3, 64), torch.randn(24)
     bits = packed.meta["bits"]
-    torch.library.opcheck(weight_only, (x, t["codes"], t["scales"], t.get("zeros"), t["segments"], t.get("order"), bias, 24, bits))
+    torch.library.opcheck(
+        weight_only, (x, t["codes"], t["scales"], t.get("zeros"), t["segments"], t.get("order"), bias, 24, bits)
+    )
 
     @torch.compile(fullgraph=True, backend="aot_eager")
     def run(x: Tensor) -> Tensor:
@@ -216,7 +218,10 @@ def test_operation_is_well_formed_and_compiles(text: str) -> None:
         (Problem("linear", scheme("W4A8_g32"), 8, 32), ["scheme"]),
         (Problem("linear", scheme("W4A16_g32_2:4"), 8, 32), ["scheme"]),
         (Problem("linear", scheme("W4A16_g32"), 8, 32, dtype="float64"), ["dtype"]),
-        (Problem("experts", scheme("W6A8_g32"), 8, 32, dtype="float64", shift=True), ["op", "scheme", "scheme", "zeros", "dtype"]),
+        (
+            Problem("kv_cache", scheme("W6A8_g32"), 8, 32, dtype="float64", shift=True),
+            ["op", "scheme", "scheme", "zeros", "dtype"],
+        ),
         (Problem("lm_head", scheme("W3A16_g48_asym"), 7, 50, float_zeros=True, pre_scale=True, act_shift=True), []),
     ],
 )
