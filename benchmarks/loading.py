@@ -35,7 +35,12 @@ def make(folder: Path, layers: int) -> None:
 
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=8192, hidden_size=2048, intermediate_size=5632, num_hidden_layers=layers, num_attention_heads=16, num_key_value_heads=8
+        vocab_size=8192,
+        hidden_size=2048,
+        intermediate_size=5632,
+        num_hidden_layers=layers,
+        num_attention_heads=16,
+        num_key_value_heads=8,
     )
     model = LlamaForCausalLM(config).to(torch.bfloat16)
     model.save_pretrained(folder / "bf16")
@@ -156,7 +161,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         make(folder, arguments.layers)
-        print(f"{'case':22} {'file MB':>8} {'read s':>7} {'pack s':>7} {'load s':>7} {'ratio':>6} {'packed MB':>10} {'peak growth MB':>15}")
+        print(
+            f"{'case':22} {'file MB':>8} {'read s':>7} {'pack s':>7} {'load s':>7} {'ratio':>6} {'packed MB':>10} {'peak growth MB':>15}"
+        )
         for case, (kind, quantize) in CASES.items():
             command = [sys.executable, __file__, "--case", str(folder / kind), quantize or ""]
             out = subprocess.run(command, check=True, capture_output=True, text=True).stdout
@@ -165,7 +172,9 @@ def main() -> None:
                 f"{case:22} {row['file_mb']:8.1f} {row['read_s']:7.2f} {row['pack_s']:7.2f} {row['load_s']:7.2f} {row['ratio']:6.2f} "
                 f"{row['packed_mb']:10.1f} {row['peak_growth_mb']:15.1f}"
             )
-    print("ratio = load / (read + decode, quantize and pack); goal at most 1.3. Peak growth is over a process that has loaded a small model.")
+    print(
+        "ratio = load / (read + decode, quantize and pack); goal at most 1.3. Peak growth is over a process that has loaded a small model."
+    )
     if arguments.json:
         about = {
             "date": datetime.date.today().isoformat(),

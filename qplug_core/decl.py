@@ -46,7 +46,8 @@ class SchemePattern:
     text: str
 
     def __post_init__(self) -> None:
-        self.parts()
+        for base in self.parts()[0]:
+            QuantScheme.parse(base)
 
     def matches(self, scheme: QuantScheme) -> bool:
         """True where the scheme is in the set. The KV cache is not looked at."""

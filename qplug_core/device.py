@@ -247,7 +247,9 @@ def _local_gpu(text: str, backend: str, index: int) -> Device:
     found = found or _local_amd()
     if index >= len(found):
         here = ", ".join(d.torch_device() + f" {d.name}" for d in found) or "none"
-        raise DeviceError(f"device {text!r} is not in this machine; GPUs found: {here}; name an architecture, such as sm_90, to plan for one")
+        raise DeviceError(
+            f"device {text!r} is not in this machine; GPUs found: {here}; name an architecture, such as sm_90, to plan for one"
+        )
     return found[index]
 
 

@@ -124,7 +124,9 @@ def _cell(decl: FormatDecl, op: Op, schemes: Sequence[QuantScheme], device: Devi
     reasons = list(refused) if taken.rank == Rank.REFERENCE else []
     if slow and taken.rank != Rank.REFERENCE:
         shown = ", ".join(dict.fromkeys(str(s) for s in slow[:3]))
-        reasons.append(f"{len(slow)} of {len(best)} scheme variants run on the reference kernel: {shown}{'...' if len(slow) > 3 else ''}")
+        reasons.append(
+            f"{len(slow)} of {len(best)} scheme variants run on the reference kernel: {shown}{'...' if len(slow) > 3 else ''}"
+        )
     return Cell(taken.mode, taken.name, proof_of(taken, name, device, registry), "; ".join(reasons))
 
 

@@ -151,7 +151,11 @@ class HubMethod:
         if segment.quant is None:
             plain = [read_plain(source, layer, part) for part in segment.parts]
             if segment.online is None:
-                return [torch.cat(plain).to(self.device, self.dtype)] if len(plain) > 1 else [plain[0].to(self.device, self.dtype)]
+                return (
+                    [torch.cat(plain).to(self.device, self.dtype)]
+                    if len(plain) > 1
+                    else [plain[0].to(self.device, self.dtype)]
+                )
             quantizer = online_quantizer(self.resolver, segment.online)
             weights: list[Any] = [quantizer.quantize(w, segment.online) for w in plain]
         else:
@@ -189,7 +193,9 @@ class HubMethod:
         if not reasons:
             return planned
         actual = self.resolver.choose(problem, layer.name)
-        self.notes.append(f"the weights are {problem.scheme}: {planned.kernel} does not take them ({reasons[0]}), {actual.kernel} does")
+        self.notes.append(
+            f"the weights are {problem.scheme}: {planned.kernel} does not take them ({reasons[0]}), {actual.kernel} does"
+        )
         return actual
 
 
@@ -253,7 +259,9 @@ def _matched(
         if info is None and tensor.optional:
             continue
         if info is None:
-            raise CheckpointError(f"{tensor.full_name(part.name)} is missing; {quant.layout} needs it, so fetch the checkpoint again")
+            raise CheckpointError(
+                f"{tensor.full_name(part.name)} is missing; {quant.layout} needs it, so fetch the checkpoint again"
+            )
         if part.expert is not None and tensor.axes and "E" in tensor.axes:
             sizes["E"] = info.shape[0]
         axes = tensor.match(info.shape, sizes)

@@ -171,7 +171,9 @@ class QuantPlan:
         for group in self.groups():
             kernel = "16 bit" if group.choice is None else f"{group.choice.kernel} ({group.choice.mode})"
             scheme = group.scheme or "16 bit"
-            lines.append(f"  {group.name}  x{len(group.layers)}  [{group.n}, {group.k}]  {scheme}  {group.stored}  ->  {kernel}")
+            lines.append(
+                f"  {group.name}  x{len(group.layers)}  [{group.n}, {group.k}]  {scheme}  {group.stored}  ->  {kernel}"
+            )
         for kernel, reasons in self.refused().items():
             lines.append(f"  not {kernel}: {'; '.join(reasons)}")
         if self.caches:

@@ -172,7 +172,9 @@ class Planner:
             quant = None
         plain = plain_name(self.source, part)
         if quant is not None and not self._has(part, quant) and self._is_float(plain):
-            notes.append("the config says quantized and the file holds 16 bit; the file is right, because nothing else is stored for it")
+            notes.append(
+                "the config says quantized and the file holds 16 bit; the file is right, because nothing else is stored for it"
+            )
             quant = None
         if quant is None:
             if not (layer.tied_to and plain not in self.source.tensors):
@@ -267,7 +269,9 @@ class Planner:
             if self.config.kv is not None:
                 found.append(CacheDecision(layer.name, self.config.kv, scales))
             elif scales:
-                self.cover.mistake(f"{next(iter(scales.values()))} is a KV-cache scale and the config names no KV-cache scheme")
+                self.cover.mistake(
+                    f"{next(iter(scales.values()))} is a KV-cache scale and the config names no KV-cache scheme"
+                )
         return found
 
 
@@ -329,7 +333,9 @@ def _shard(layer: LayerSpec, rank: int, world: int, parallel: dict[str, str]) ->
     if axis is None or world == 1:
         return layer
     if axis not in ("N", "K"):
-        raise UsageError(f"parallel axis {axis!r} was given for {layer.name}; 'N' (column parallel) or 'K' (row parallel) is needed")
+        raise UsageError(
+            f"parallel axis {axis!r} was given for {layer.name}; 'N' (column parallel) or 'K' (row parallel) is needed"
+        )
     return layer.sharded("N" if axis == "N" else "K", rank, world)
 
 

@@ -123,7 +123,9 @@ class Registry:
         settings.check((p.name for p in points), (_distribution(p)[0] for p in points))
         rows = [_core()]
         for point in points:
-            others = {_distribution(p)[0] for p in points if p.name == point.name} | ({"qplug-core"} if point.name == CORE else set())
+            others = {_distribution(p)[0] for p in points if p.name == point.name} | (
+                {"qplug-core"} if point.name == CORE else set()
+            )
             rows.append(_look_at(point, settings, others))
         registry = cls(rows)
         registry._collect(settings.pin)
@@ -229,7 +231,9 @@ class Registry:
                 raise
             except BaseException as error:
                 self.failures[decl.name] = traceback.format_exc()
-                self._loaded[key] = PluginError(f"{decl.name} cannot be used: importing {decl.impl} gave {_said(error)}; see 'qplug doctor --verbose'")
+                self._loaded[key] = PluginError(
+                    f"{decl.name} cannot be used: importing {decl.impl} gave {_said(error)}; see 'qplug doctor --verbose'"
+                )
         found = self._loaded[key]
         if isinstance(found, PluginError):
             raise found
@@ -279,7 +283,9 @@ def _core() -> PluginRow:
     except PackageNotFoundError:
         found = "source tree"
     declarations, observers = _declared(builtin)
-    return PluginRow(CORE, "qplug-core", found, API, "ready", module=builtin.__name__, declarations=declarations, observers=observers)
+    return PluginRow(
+        CORE, "qplug-core", found, API, "ready", module=builtin.__name__, declarations=declarations, observers=observers
+    )
 
 
 def _look_at(point: EntryPoint, settings: Settings, distributions: set[str]) -> PluginRow:

@@ -33,7 +33,9 @@ class Policy:
 
     def __post_init__(self) -> None:
         if self.kernels not in ("auto", "reference"):
-            raise UsageError(f"kernels={self.kernels!r} was given; 'auto' or 'reference' is needed (pin one kernel with pin=)")
+            raise UsageError(
+                f"kernels={self.kernels!r} was given; 'auto' or 'reference' is needed (pin one kernel with pin=)"
+            )
 
     def pinned(self, layer: str) -> str | None:
         """The kernel that the user pinned for a layer."""
@@ -112,7 +114,11 @@ class Resolver:
             if not reasons and pinned is not None and decl.name != pinned:
                 reasons = [Refusal("policy", f"kernel {pinned} is pinned", "this kernel's name", "change the pin")]
             if not reasons and taken is not None:
-                reasons = [Refusal("rank", f"rank {decl.rank}", f"more than {taken.rank}, the rank of {taken.name}", "pin it to use it")]
+                reasons = [
+                    Refusal(
+                        "rank", f"rank {decl.rank}", f"more than {taken.rank}, the rank of {taken.name}", "pin it to use it"
+                    )
+                ]
             if reasons:
                 tried.append(Tried(decl.name, tuple(reasons)))
             elif taken is None:

@@ -102,10 +102,10 @@ def _from_file(path: Path) -> Settings:
     for key in ("allow", "deny"):
         value = table.get(key, [])
         if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
-            raise UsageError(f"{path}: {key} is {value!r}; a list of plugin names was needed, such as [\"gptq\"]")
+            raise UsageError(f'{path}: {key} is {value!r}; a list of plugin names was needed, such as ["gptq"]')
     pin = table.get("pin", {})
     if not isinstance(pin, dict) or not all(isinstance(name, str) for name in pin.values()):
-        raise UsageError(f"{path}: pin is {pin!r}; a table was needed, such as {{\"gptq\" = \"qplug-gptq\"}}")
+        raise UsageError(f'{path}: pin is {pin!r}; a table was needed, such as {{"gptq" = "qplug-gptq"}}')
     return Settings(tuple(table.get("allow", ())), tuple(table.get("deny", ())), pin, str(path))
 
 

@@ -177,7 +177,9 @@ def read_header(file: Path) -> tuple[list[TensorInfo], dict[str, str]]:
 def _header_entries(header: Any, file: Path, data: int, size: int) -> tuple[list[TensorInfo], dict[str, str]]:
     entries = []
     if not isinstance(header, dict):
-        raise CheckpointError(f"the header of {file} is a {type(header).__name__}; a JSON object was needed, so fetch the file again")
+        raise CheckpointError(
+            f"the header of {file} is a {type(header).__name__}; a JSON object was needed, so fetch the file again"
+        )
     for name, entry in header.items():
         if name == "__metadata__":
             continue

@@ -36,7 +36,9 @@ def doctor(verbose: bool) -> None:
         click.echo(f"{bad} thing{'s' * (bad > 1)} to repair", err=True)
         raise SystemExit(4)
     if not fast:
-        click.echo("only reference kernels run here: install a plugin with kernels for this device, or what they lack", err=True)
+        click.echo(
+            "only reference kernels run here: install a plugin with kernels for this device, or what they lack", err=True
+        )
         raise SystemExit(3)
     click.echo("all is well")
 

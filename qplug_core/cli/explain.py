@@ -9,7 +9,9 @@ import click
 
 @click.command()
 @click.argument("model", type=click.Path())
-@click.option("--layer", default="*", help="Show only layers whose name matches this shell pattern, with every kernel tried.")
+@click.option(
+    "--layer", default="*", help="Show only layers whose name matches this shell pattern, with every kernel tried."
+)
 @click.option("--device", default=None, help="Plan for a named device (sm_90, gfx942, avx512, cpu); default: this machine.")
 @click.option("--tp", default=1, type=click.IntRange(min=1), help="Plan rank 0 of this many tensor-parallel ranks.")
 @click.option("--dtype", default="bfloat16", type=click.Choice(["float32", "bfloat16", "float16"]), help="Activations.")

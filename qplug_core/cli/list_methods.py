@@ -35,7 +35,9 @@ def list_methods(device: str | None, as_json: bool, markdown: bool, op: Op | Non
     if as_json or markdown:
         named = [(name, Device.from_name(name)) for name in REPORTED]
         cpu = [] if device else [("cpu", Device.cpu())]
-        matrix = CapabilityMatrix.of(registry, [*cpu, *([(column, here)] if column not in (*REPORTED, "cpu") else []), *named])
+        matrix = CapabilityMatrix.of(
+            registry, [*cpu, *([(column, here)] if column not in (*REPORTED, "cpu") else []), *named]
+        )
         click.echo(as_markdown(matrix, op) if markdown else json.dumps(as_json_data(matrix, registry, here), indent=2))
         return
     from rich.console import Console
@@ -86,7 +88,10 @@ def _render(console: Console, matrix: CapabilityMatrix, registry: Registry, devi
         if best.reason:
             reasons.append(f"  {method.name}: {best.reason}")
     console.print(table)
-    console.print("load: pre = prequantized, onl = online from 16 bit, off = written offline; ref. = reference kernel, slow", style="dim")
+    console.print(
+        "load: pre = prequantized, onl = online from 16 bit, off = written offline; ref. = reference kernel, slow",
+        style="dim",
+    )
     for reason in reasons:
         console.print(escape(reason))
     console.print("\n[bold]plugins[/]")

@@ -27,7 +27,9 @@ def new_plugin(name: str, directory: Path) -> None:
     NAME is a lower-case Python identifier.
     """
     if not re.fullmatch(r"[a-z][a-z0-9_]*", name) or keyword.iskeyword(name):
-        raise UsageError(f"{name!r} was given; a plugin name of lower-case letters, digits and '_' that starts with a letter is needed")
+        raise UsageError(
+            f"{name!r} was given; a plugin name of lower-case letters, digits and '_' that starts with a letter is needed"
+        )
     if name == "core":
         raise UsageError("'core' is qplug's own name; choose another")
     target = directory / f"qplug_{name}"

@@ -17,7 +17,9 @@ WIDTH = 100
 def render_plan(plan: QuantPlan, decisions: Sequence[Decision], detailed: bool) -> None:
     """Print ``decisions`` of a plan; ``detailed`` adds every reason for every layer group."""
     console = Console(width=WIDTH if not Console().is_terminal else None, soft_wrap=False, highlight=False)
-    console.print(f"[bold]{escape(plan.source)}[/]: {escape(plan.method or '16 bit')}, on {plan.device}, {plan.dtype} activations")
+    console.print(
+        f"[bold]{escape(plan.source)}[/]: {escape(plan.method or '16 bit')}, on {plan.device}, {plan.dtype} activations"
+    )
     table = Table(box=None, pad_edge=False, header_style="bold")
     for heading in ("layers", "count", "[N, K]", "scheme", "stored as", "kernel"):
         table.add_column(heading.replace("[", r"\["), overflow="fold")
@@ -25,7 +27,12 @@ def render_plan(plan: QuantPlan, decisions: Sequence[Decision], detailed: bool) 
         kernel = "16 bit" if group.choice is None else group.choice.kernel
         mode = "" if group.choice is None or group.choice.mode == "native" else f" ({group.choice.mode})"
         table.add_row(
-            escape(group.name), str(len(group.layers)), f"{group.n} x {group.k}", group.scheme or "-", group.stored, kernel + mode
+            escape(group.name),
+            str(len(group.layers)),
+            f"{group.n} x {group.k}",
+            group.scheme or "-",
+            group.stored,
+            kernel + mode,
         )
     console.print(table)
     for cache in plan.caches[:1]:

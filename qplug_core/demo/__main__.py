@@ -48,7 +48,10 @@ def main() -> int:
     console.rule("size and perplexity on held-out text")
     console.print(table)
     ok = quantized < 1.15 * parent
-    console.print(f"\nGPTQ W4A16 is at {quantized / parent:.3f} of its parent's perplexity" + ("" if ok else ": too far, something is wrong"))
+    console.print(
+        f"\nGPTQ W4A16 is at {quantized / parent:.3f} of its parent's perplexity"
+        + ("" if ok else ": too far, something is wrong")
+    )
     return 0 if ok else 1
 
 

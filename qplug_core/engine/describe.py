@@ -45,7 +45,9 @@ def describe(model: Any, stored: StoredNames) -> Description:
     state = {**dict(model.named_parameters(remove_duplicate=False)), **persistent_buffers(model)}
     for name, value in state.items():
         if name not in owned:
-            found.slots.append(PlainSlot(name, stored.of(name), tuple(value.shape), optional=name in tied, pieces=_pieces(name, stored)))
+            found.slots.append(
+                PlainSlot(name, stored.of(name), tuple(value.shape), optional=name in tied, pieces=_pieces(name, stored))
+            )
     return found
 
 

@@ -61,7 +61,9 @@ class Engine:
             try:
                 self._tokenizer = AutoTokenizer.from_pretrained(folder)
             except (OSError, ValueError, KeyError) as error:
-                raise CheckpointError(f"{folder} has no tokenizer that loads ({str(error).splitlines()[0]}); put tokenizer.json there") from None
+                raise CheckpointError(
+                    f"{folder} has no tokenizer that loads ({str(error).splitlines()[0]}); put tokenizer.json there"
+                ) from None
             self._tokenizer.padding_side = "left"
             if self._tokenizer.pad_token_id is None:
                 self._tokenizer.pad_token = self._tokenizer.eos_token
@@ -84,7 +86,9 @@ class Engine:
         """LongTensor ``[B, T]`` to float32 ``[B, T, V]``."""
         out = self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
         if not hasattr(out, "logits"):
-            raise UsageError(f"{type(self.model).__name__} has no language-model head, so it has no logits; call engine.model(...) instead")
+            raise UsageError(
+                f"{type(self.model).__name__} has no language-model head, so it has no logits; call engine.model(...) instead"
+            )
         return out.logits.float()  # type: ignore[no-any-return]
 
     @torch.inference_mode()
@@ -111,9 +115,13 @@ class Engine:
         :raises UsageError: for streaming a batch, or a negative temperature.
         """
         if not self.model.can_generate():
-            raise UsageError(f"{type(self.model).__name__} does not generate text; call engine.model(...) for its own forward")
+            raise UsageError(
+                f"{type(self.model).__name__} does not generate text; call engine.model(...) for its own forward"
+            )
         if temperature < 0 or max_new_tokens < 1:
-            raise UsageError(f"temperature {temperature} and max_new_tokens {max_new_tokens} were given; at least 0 and 1 are needed")
+            raise UsageError(
+                f"temperature {temperature} and max_new_tokens {max_new_tokens} were given; at least 0 and 1 are needed"
+            )
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         if not prompts or not all(prompts):
             raise UsageError("an empty prompt was given; at least one character is needed")
@@ -145,7 +153,9 @@ class Engine:
             out: Tensor = self.model.generate(**kept, generation_config=config, tokenizer=self.tokenizer, **more)
             return out
 
-    def _stream(self, inputs: Mapping[str, Tensor], config: GenerationConfig, stop: Sequence[str], seed: int | None) -> Iterator[str]:
+    def _stream(
+        self, inputs: Mapping[str, Tensor], config: GenerationConfig, stop: Sequence[str], seed: int | None
+    ) -> Iterator[str]:
         streamer = TextIteratorStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
         failure: list[BaseException] = []
 
@@ -237,7 +247,12 @@ class _Loader:
 
     def run(self, progress: bool) -> dict[str, QuantMethod]:
         methods: dict[str, QuantMethod] = {}
-        columns = (TextColumn("loading"), BarColumn(), TextColumn("{task.completed}/{task.total} layers"), TimeRemainingColumn())
+        columns = (
+            TextColumn("loading"),
+            BarColumn(),
+            TextColumn("{task.completed}/{task.total} layers"),
+            TimeRemainingColumn(),
+        )
         with Progress(*columns, transient=True, disable=not progress) as bar:
             task = bar.add_task("loading", total=len(self.plan.decisions))
             for decision in self.plan.decisions:
@@ -285,7 +300,9 @@ class _Loader:
         return decision.layer.tied_to is not None and bool(getattr(self.model.config, "tie_word_embeddings", False))
 
     def _slot(self, slot: PlainSlot) -> None:
-        names = next((n for n in (*((n,) for n in slot.names), *slot.pieces) if all(i in self.source.tensors for i in n)), None)
+        names = next(
+            (n for n in (*((n,) for n in slot.names), *slot.pieces) if all(i in self.source.tensors for i in n)), None
+        )
         if names is None:
             return
         pieces = [self.source.read(name) for name in names]
@@ -311,7 +328,9 @@ class _Loader:
     def _check_complete(self) -> None:
         empty = [n for n, p in [*self.model.named_parameters(), *self.model.named_buffers()] if p.is_meta]
         if empty:
-            raise CheckpointError(f"{empty[0]} and {len(empty) - 1} more parameters got no value; the checkpoint does not hold them")
+            raise CheckpointError(
+                f"{empty[0]} and {len(empty) - 1} more parameters got no value; the checkpoint does not hold them"
+            )
 
 
 def _plain_weight(source: Any, decision: Decision) -> Tensor:

@@ -54,7 +54,9 @@ def _compute_buffers(model: Any) -> None:
     for parameter in model.parameters():
         parameter._is_hf_initialized = True
     for module in model.modules():
-        hidden = {name: b for name, b in module._buffers.items() if b is not None and name in module._non_persistent_buffers_set}
+        hidden = {
+            name: b for name, b in module._buffers.items() if b is not None and name in module._non_persistent_buffers_set
+        }
         if not hidden:
             continue
         for name, buffer in hidden.items():

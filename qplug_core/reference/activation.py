@@ -79,7 +79,6 @@ def _integers(x: Tensor, blocks: Tensor, act: TensorQuant, scale: Tensor | None,
     if zeros is not None:
         scaled = scaled + _columns(zeros, act, x.shape[1])
     codes = torch.round(scaled).clamp(low, top - 1).nan_to_num(0.0)
-    # A NaN or infinite input has no code; its scale carries it to the output, as it would without quantization.
     return QuantActivation(codes.to(torch.int8), scales, act, zeros)
 
 

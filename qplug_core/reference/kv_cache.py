@@ -81,7 +81,9 @@ class ReferenceKVCache:
             if kv.scale_dtype == "e4m3":
                 scales = scales.clamp(2.0**-9, 448.0).to(torch.float8_e4m3fn).float()
         elif scale is None:
-            raise SchemeError("a KV cache with static scales was asked for without any; the checkpoint must hold k_scale and v_scale")
+            raise SchemeError(
+                "a KV cache with static scales was asked for without any; the checkpoint must hold k_scale and v_scale"
+            )
         else:
             scales = scale.float().reshape(-1, 1, 1) if scale.numel() > 1 else scale.float().reshape(())
         scaled = values / _spread(scales.masked_fill(scales == 0, 1.0), kv, depth)

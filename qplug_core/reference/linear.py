@@ -60,7 +60,8 @@ def quantize_dequantize(x: Tensor, weight: QuantWeight | OpaqueWeight) -> Tensor
     act = weight.scheme.act
     assert act is not None
     quantized = quantize_activation(x, act, weight.act_scale, weight.act_zero, weight.act_div)
-    values = quantized.dequantize(x.dtype)
+    # A NaN has no integer code. It must come out as NaN, not as the code that stands for it.
+    values = torch.where(x.isnan(), x, quantized.dequantize(x.dtype))
     if act.outlier:
         # LLM.int8: columns with an outlier skip quantization (arXiv:2208.07339, section 3.2).
         columns = (x.abs() > act.outlier).any(0)

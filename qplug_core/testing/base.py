@@ -19,6 +19,7 @@ from ..scheme import QuantScheme, TensorQuant
 if TYPE_CHECKING:
     import pytest
 
+
 @dataclass(frozen=True)
 class FormatCase:
     """One format with one of its schemes."""

@@ -37,12 +37,16 @@ def prove(registry: Registry, plugin: str) -> dict[str, Any]:
     kernels: dict[str, Any] = {}
     for decl in row.declarations.kernels:
         found: dict[str, Any] = {}
-        if "program:cc" in decl.requires and "avx2" in decl.devices:
+        if "avx2" in decl.devices:
             for name in builder.SETS:
                 if not any(isinstance(builder.build(source.stem, name), Refusal) for source in builder.FOLDER.glob("*.c")):
                     found[name] = {"status": "compiled", **about}
         for device in local_devices():
-            if device.matches_any(decl.devices) and not registry.kernel_requirements(decl):
+            if (
+                device.matches_any(decl.devices)
+                and not registry.kernel_requirements(decl)
+                and registry.load_refusal(decl) is None
+            ):
                 found[device.arch] = {"status": "measured", "on": device.name, **about}
                 if device.vendor == "cpu":
                     found["cpu"] = found[device.arch]

@@ -38,7 +38,6 @@ def qplug_kernels() -> list[KernelDecl]:
             schemes=SCHEMES,
             devices=("avx2",),
             rank=OPTIMIZED,
-            requires=("program:cc",),
             summary="x86 vector units, codes unpacked in registers",
         )
     ]

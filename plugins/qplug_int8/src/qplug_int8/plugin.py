@@ -38,7 +38,6 @@ def qplug_kernels() -> list[KernelDecl]:
             schemes=(W8A16,),
             devices=("avx2",),
             rank=OPTIMIZED,
-            requires=("program:cc",),
             summary="x86 vector units, weights widened in registers",
         ),
         KernelDecl(
@@ -48,7 +47,6 @@ def qplug_kernels() -> list[KernelDecl]:
             schemes=(f"W8A8 tensor|channel {ACTIVATIONS}",),
             devices=("avx2",),
             rank=OPTIMIZED,
-            requires=("program:cc",),
             summary="x86 integer dot products, exact in int32",
         ),
     ]
