@@ -209,7 +209,8 @@ class QuantWeight:
             return grid if self.group_index is not None else _repeat(grid, -1, self.block[1], bk, self.k)
 
         scales = refine(self.scales)
-        assert scales is not None and self.scheme.weight is not None
+        assert scales is not None
+    assert self.scheme.weight is not None
         scheme = replace(self.scheme, weight=replace(self.scheme.weight, block=(bn, bk)))
         return replace(
             self, scheme=scheme, scales=scales, zeros=refine(self.zeros), shift=refine(self.shift), block=(bn, bk)
@@ -315,7 +316,8 @@ def concat(weights: Sequence[QuantWeight]) -> QuantWeight:
 
     scales = join("scales")
     codes = join("codes")
-    assert scales is not None and codes is not None
+    assert scales is not None
+    assert codes is not None
     global_scale = _join_global(common)
     return replace(
         common[0], codes=codes, scales=scales, zeros=join("zeros"), shift=join("shift"), global_scale=global_scale

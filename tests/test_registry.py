@@ -64,7 +64,7 @@ def test_two_claims_of_one_name_are_an_error_that_names_both(site):
     install(site, "one", claims="same")
     install(site, "two", claims="same")
     registry = Registry.discover({})
-    with pytest.raises(PluginError, match="dist-one.*dist-two"):
+    with pytest.raises(PluginError, match=r"dist-one.*dist-two"):
         registry.format("same")
     assert registry.conflicts
 
