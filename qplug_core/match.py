@@ -16,10 +16,14 @@ class Named(Protocol):
     """What a rule is matched against: all names of a module, and its class."""
 
     @property
-    def all_names(self) -> tuple[str, ...]: ...
+    def all_names(self) -> tuple[str, ...]:
+        """Every name that the module goes by."""
+        ...
 
     @property
-    def module_class(self) -> str: ...
+    def module_class(self) -> str:
+        """Its class, without the module path."""
+        ...
 
 
 @dataclass

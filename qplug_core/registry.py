@@ -66,7 +66,7 @@ class PluginRow:
     reason: str = ""
     traceback: str = ""
     module: str = ""
-    declarations: Declarations = Declarations()
+    declarations: Declarations = field(default_factory=Declarations)
     observers: tuple[Callable[..., object], ...] = ()
 
     def to_json(self) -> dict[str, str]:

@@ -210,7 +210,7 @@ class QuantWeight:
 
         scales = refine(self.scales)
         assert scales is not None
-    assert self.scheme.weight is not None
+        assert self.scheme.weight is not None
         scheme = replace(self.scheme, weight=replace(self.scheme.weight, block=(bn, bk)))
         return replace(
             self, scheme=scheme, scales=scales, zeros=refine(self.zeros), shift=refine(self.shift), block=(bn, bk)

@@ -81,6 +81,7 @@ def perplexity(model: LlamaForCausalLM, ids: torch.Tensor) -> float:
 
 
 def train(steps: int, threads: int, out: Path) -> None:
+    """Train for ``steps`` batches and write the checkpoint to ``out``, text and record beside it."""
     torch.manual_seed(SEED)
     torch.set_num_threads(threads)
     training, held_out = corpus()

@@ -10,7 +10,8 @@ from ..decl import API, FormatDecl, KernelDecl, QuantizerDecl
 from ..format import CheckpointFormat
 from ..kernel import Kernel
 from ..quantizer import Quantizer
-from .base import Conformance, device_for, load, schemes_of
+from ..samples import schemes_of
+from .base import Conformance, device_for, load
 
 _SCRIPT = """
 import importlib, sys

@@ -295,7 +295,7 @@ def _steps(expected: Tensor) -> Tensor:
     return smallest.expand_as(expected)
 
 
-class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class _Recorder(TorchDispatchMode):
     """Notes every op that is not torch's own, with its arguments."""
 
     def __init__(self) -> None:

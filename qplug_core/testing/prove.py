@@ -67,7 +67,8 @@ def main() -> None:
     module = next(r.module for r in registry.plugins if r.name == arguments.plugin)
     package = module.partition(".")[0] or "qplug_core"
     spec = importlib.util.find_spec(package)
-    assert spec is not None and spec.origin is not None
+    assert spec is not None
+    assert spec.origin is not None
     target = Path(spec.origin).parent / "proof.json"
     target.write_text(json.dumps(body, indent=2) + "\n", encoding="utf-8")
     print(f"{target}: {', '.join(body['kernels'])}")
