@@ -16,8 +16,8 @@ from .weight import E2M1, QuantWeight, concat
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-ROWS = 1024
-"""Rows that are quantized at once."""
+CHUNK = 2**20
+"""Elements that are quantized at once: float32 copies of more would cost more memory than the layer itself."""
 
 NF4 = (
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
@@ -82,10 +82,10 @@ class RoundToNearest(Quantizer):
         if not bool(torch.isfinite(weight.sum(dtype=torch.float32))) and not bool(torch.isfinite(weight).all()):
             raise SchemeError("the weight has NaN or infinite values, which no scheme can hold; repair the checkpoint")
         bn = part.block[0]
-        if bn == 0 or part.scale_dtype == "e4m3" or weight.shape[0] <= ROWS:
+        if bn == 0 or part.scale_dtype == "e4m3" or weight.numel() <= CHUNK:
             return self._quantize(weight, scheme, part)
         # Scales do not look beyond their rows, so pieces give the same bits and need little memory.
-        step = -(-ROWS // bn) * bn
+        step = -(-CHUNK // weight.shape[1] // bn) * bn
         return concat([self._quantize(weight[i : i + step], scheme, part) for i in range(0, weight.shape[0], step)])
 
     def _quantize(self, weight: Tensor, scheme: QuantScheme, part: TensorQuant) -> QuantWeight:

@@ -165,7 +165,7 @@ class QuantScheme:
 
 _BASE = re.compile(
     r"^w(?P<w>int[2-8]|nvfp4|mxfp4|mxfp8|nf4|fp4bnb|fp4|fp8e5m2|fp8|ccq2|[2-8]|16)"
-    r"(?:a(?P<a>int[48]|nvfp4|mxfp4|mxfp8|fp8|4|8|16))?"
+    r"(?:a(?P<a>int[48]|nvfp4|mxfp4|mxfp8|fp4|fp8e5m2|fp8|4|8|16))?"
     r"(?:c(?P<c>int[48]|nvfp4|fp8e5m2|fp8|4|8|16))?$"
 )
 _WORDS = re.compile(r"^weight[-_ ]?only[-_ ]+int([2-8])$")
@@ -206,8 +206,10 @@ def _act_part(word: str | None) -> TensorQuant | None:
             return TensorQuant("fp4_e2m1", (1, 32), dynamic=True, scale_dtype="e8m0")
         case "mxfp8":
             return TensorQuant("fp8_e4m3", (1, 32), dynamic=True, scale_dtype="e8m0")
-        case "fp8":
-            return TensorQuant("fp8_e4m3", (1, 0), dynamic=True)
+        case "fp4":
+            return TensorQuant("fp4_e2m1", (1, 32), dynamic=True)
+        case "fp8" | "fp8e5m2":
+            return TensorQuant("fp8_e4m3" if word == "fp8" else "fp8_e5m2", (1, 0), dynamic=True)
     return TensorQuant(f"int{word.removeprefix('int')}", (1, 0), dynamic=True)
 
 

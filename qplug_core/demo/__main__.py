@@ -18,7 +18,7 @@ from ..engine.engine import Engine, load
 from ..engine.perplexity import perplexity
 
 HERE = Path(__file__).parent
-PROMPT = 'import os\n\n\nclass Reader:\n    """Read lines from a file."""\n\n    def __init__(self, path):\n'
+PROMPT = 'import os\n\n\ndef read_lines(path):\n    """Return'
 ONLINE = ("W8A16", "W8A8", "W4A16_g128")
 
 
@@ -38,7 +38,7 @@ def main() -> int:
         console.print(PROMPT, end="", markup=False, style="dim")
         start = time.perf_counter()
         engine = load(HERE / name)
-        answer = engine.generate(PROMPT, 64)
+        answer = engine.generate(PROMPT, 48)
         console.print(answer, markup=False)
         console.print(f"\n({time.perf_counter() - start:.1f} s with loading)", style="dim")
     quantized = _row(table, "GPTQModel file", load(HERE / "gptq"), text)
