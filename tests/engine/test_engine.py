@@ -151,9 +151,9 @@ def test_sampling_is_repeatable_by_seed(llama):
     "options", [{"prompt": ""}, {"prompt": "x", "temperature": -1.0}, {"prompt": ["x", "y"], "stream": True}]
 )
 def test_generate_refuses(llama, options):
+    engine = qplug_core.load(llama)
     with pytest.raises(UsageError):
-        result = qplug_core.load(llama).generate(**options)
-        list(result)
+        engine.generate(**options)
 
 
 def test_reload_keeps_addresses_and_changes_numbers(llama):
