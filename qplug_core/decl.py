@@ -5,6 +5,7 @@ The capability matrix is computed from these and from nothing else.
 
 from __future__ import annotations
 
+import functools
 import re
 from dataclasses import dataclass, field
 from enum import IntEnum
@@ -90,18 +91,23 @@ class SchemePattern:
 
         :raises SchemeError: for a condition that is not one.
         """
-        if self.text == "*":
-            return [], []
-        base, *conditions = self.text.split()
-        for condition in conditions:
-            known = condition in ("sym", "asym", "sym|asym", "asym|sym", "actorder", "2:4")
-            if not (known or _GRANULARITY.match(condition) or condition.startswith(("a:", "rules="))):
-                raise SchemeError(f"condition {condition!r} of scheme pattern {self.text!r} is not understood")
-        return _expand(base), conditions
+        return _read(self.text)
 
 
 _WORD = r"(?:tensor|channel|g\*|g\d+|b\*|b\d+x\d+)"
 _GRANULARITY = re.compile(rf"^{_WORD}(?:\|{_WORD})*$")
+
+
+@functools.cache
+def _read(text: str) -> tuple[list[str], list[str]]:
+    if text == "*":
+        return [], []
+    base, *conditions = text.split()
+    for condition in conditions:
+        known = condition in ("sym", "asym", "sym|asym", "asym|sym", "actorder", "2:4")
+        if not (known or _GRANULARITY.match(condition) or condition.startswith(("a:", "rules="))):
+            raise SchemeError(f"condition {condition!r} of scheme pattern {text!r} is not understood")
+    return _expand(base), conditions
 
 
 def _expand(base: str) -> list[str]:

@@ -123,6 +123,11 @@ class HubMethod:
         return sum(run.packed.nbytes for run in self._runs)
 
     @property
+    def packed(self) -> tuple[PackedWeight, ...]:
+        """The packed weights, in order of the rows."""
+        return tuple(run.packed for run in self._runs)
+
+    @property
     def kernels(self) -> tuple[str, ...]:
         """Names of the kernels in use, in order of the rows."""
         return tuple(run.kernel.name if run.kernel else "16 bit" for run in self._runs)

@@ -168,6 +168,8 @@ class Planner:
         quant = self.config.quant_for(ModuleName(names, layer.module_class))
         if self.assumed:
             return quant
+        if layer.tied_to and not self._present(part.name):
+            return None  # The owner of the weight supplies it.
         if quant is not None and layer.op == "embedding" and not self._has(part, quant):
             quant = None
         plain = plain_name(self.source, part)

@@ -14,6 +14,7 @@ Parsing ignores case, and takes ``_``, ``-``, ``,`` or a space between suffixes.
 
 from __future__ import annotations
 
+import functools
 import re
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -268,6 +269,7 @@ def _apply_word(part: TensorQuant, word: str) -> TensorQuant | None:
     return None
 
 
+@functools.lru_cache(maxsize=4096)
 def _parse(text: str) -> QuantScheme:
     lowered = text.strip().lower()
     if found := _WORDS.match(lowered):
