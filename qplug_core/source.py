@@ -190,7 +190,7 @@ def _header_entries(header: Any, file: Path, data: int, size: int) -> tuple[list
             raise CheckpointError(
                 f"the header of {file} describes tensor {name} as {entry!r}, which lacks or does not know {error}; rewrite the file"
             ) from None
-        if stop - start != expected or start < 0:
+        if stop - start != expected or start < 0 or any(length < 0 for length in shape):
             raise CheckpointError(
                 f"tensor {name} in {file} has {stop - start} bytes; {dtype} {list(shape)} needs {expected}, so the file is damaged"
             )
