@@ -80,7 +80,7 @@ def main() -> None:
         about = {
             "date": datetime.date.today().isoformat(),
             "python": platform.python_version(),
-            "command": "python benchmarks/discovery.py",
+            "command": " ".join(["python", "benchmarks/discovery.py", *sys.argv[1:]]),
         }
         figures = {"list_methods_ms": whole, "import_ms": bare, "python_ms": start_up, "plugins": max(PLUGINS, installed)}
         arguments.json.write_text(json.dumps({"schema": 1, **about, **figures}, indent=2) + "\n")

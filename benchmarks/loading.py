@@ -181,7 +181,7 @@ def main() -> None:
             "machine": platform.processor() or platform.machine(),
             "cpus": os.cpu_count(),
             "python": platform.python_version(),
-            "command": "python benchmarks/loading.py",
+            "command": " ".join(["python", "benchmarks/loading.py", *sys.argv[1:]]),
         }
         arguments.json.write_text(json.dumps({"schema": 1, **about, "cases": rows}, indent=2) + "\n")
 
