@@ -18,6 +18,7 @@ import hashlib
 import json
 import math
 import platform
+import re
 import sysconfig
 import time
 from pathlib import Path
@@ -45,7 +46,8 @@ def corpus() -> tuple[list[str], list[str]]:
         relative = path.relative_to(root)
         if SKIPPED_FOLDERS & set(relative.parts) or path.name.startswith("_sysconfigdata"):
             continue
-        text = path.read_text(encoding="utf-8", errors="ignore")
+        # An installation writes its own path into the first line of some files.
+        text = re.sub(r"\A#!.*", "#!/usr/bin/env python3", path.read_text(encoding="utf-8", errors="ignore"))
         digest = hashlib.sha256(relative.as_posix().encode()).digest()
         (held_out if digest[0] % 40 == 0 else training).append(text)
     return training, held_out
