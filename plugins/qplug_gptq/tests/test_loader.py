@@ -11,10 +11,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from qplug_gptq.loader import GPTQFormat
-from qplug_gptq.packing import pack, unpack
 
 from qplug_core.config import LayerQuant, ModuleName
 from qplug_core.errors import CannotEncode, ConfigError, DecodeError
+from qplug_core.packing import pack, unpack
 from qplug_core.scheme import QuantScheme
 from qplug_core.source import MemorySource, Source
 from qplug_core.testing import random_weight

@@ -26,11 +26,11 @@ from qplug_core.axes import FLOATS, StoredTensor
 from qplug_core.config import LayerQuant, QuantizationConfig
 from qplug_core.errors import CannotEncode, DecodeError
 from qplug_core.format import CheckpointFormat
+from qplug_core.packing import pack, transposed, unpack, word_values
 from qplug_core.scheme import TensorQuant
 from qplug_core.weight import OpaqueWeight, QuantWeight
 
 from .config import BITS, parse, write
-from .packing import pack, transposed, unpack, word_values
 
 if TYPE_CHECKING:
     from qplug_core.source import Source

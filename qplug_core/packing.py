@@ -1,4 +1,4 @@
-"""Dense little-endian bit streams: the packing that GPTQ uses for codes along K and for zero points along N.
+"""Dense little-endian bit streams: the packing of GPTQ, compressed-tensors, FP4 files and others.
 
 Value ``i`` of a row occupies bits ``b*i`` to ``b*i + b - 1`` of the row's bytes. For 2, 4 and 8 bits this is "first value in
 the lowest bits of each int32 word"; for 3 bits some values straddle two bytes, and 32 values fill three words.
@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 def unpack(stream: Tensor, bits: int) -> Tensor:
-    """uint8 values ``[R, L]`` of a stream of int32 words ``[R, L*bits/32]``, contiguous, little-endian."""
+    """uint8 values ``[R, L]`` of a stream ``[R, L*bits/32]`` int32, or ``[R, L*bits/8]`` uint8, contiguous, little-endian."""
     data = stream.view(torch.uint8)
     values, step = _period(bits)
     out = torch.empty(data.shape[0], data.shape[1] // step * values, dtype=torch.uint8)
@@ -28,8 +28,8 @@ def unpack(stream: Tensor, bits: int) -> Tensor:
     return out
 
 
-def pack(values: Tensor, bits: int) -> Tensor:
-    """int32 words ``[R, L*bits/32]`` of uint8 values ``[R, L]`` that are below ``2**bits``; L fills whole words."""
+def pack(values: Tensor, bits: int, dtype: torch.dtype = torch.int32) -> Tensor:
+    """Words of ``dtype`` of uint8 values ``[R, L]`` that are below ``2**bits``; L fills whole words. See :func:`unpack`."""
     period, step = _period(bits)
     data = torch.zeros(values.shape[0], values.shape[1] // period * step, dtype=torch.uint8)
     for i in range(period):
@@ -38,7 +38,7 @@ def pack(values: Tensor, bits: int) -> Tensor:
         data[:, byte::step].bitwise_or_(torch.bitwise_left_shift(field, shift))
         if shift + bits > 8:
             data[:, byte + 1 :: step].bitwise_or_(torch.bitwise_right_shift(field, 8 - shift))
-    return data.view(torch.int32)
+    return data.view(dtype)
 
 
 def transposed(words: Tensor) -> Tensor:
