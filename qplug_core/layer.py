@@ -16,6 +16,7 @@ class StoredPart:
     ``name``: the stored module name. ``n``: rows that this part supplies. ``rows``: the range of the stored module's
     rows, where that module is larger (fused on disk, split in the model); None takes it whole. ``stored_n``: rows of
     the stored module as a whole. ``expert``: index along the E axis of tensors that hold all experts at once.
+    ``transposed``: a 16-bit weight is stored ``[K, N]`` (gpt-oss, Llama 4).
     """
 
     name: str
@@ -23,6 +24,7 @@ class StoredPart:
     rows: tuple[int, int] | None = None
     stored_n: int | None = None
     expert: int | None = None
+    transposed: bool = False
 
 
 @dataclass(frozen=True)
@@ -95,7 +97,8 @@ class PlainSlot:
 
     ``names``: stored names in order of preference. ``shape``: as in the model. ``optional``: may be absent because
     another slot supplies it (a tied weight). ``rows``: ranges of stored tensors stacked along dimension 0, where the
-    checkpoint holds it in several pieces: alternatives of sequences of names.
+    checkpoint holds it in several pieces: alternatives of sequences of names. Where the pieces have fewer dimensions (the
+    biases of experts, one by one), the stack is viewed as ``shape``.
     """
 
     name: str

@@ -20,7 +20,7 @@ from .quantizer import Quantizer
 from .resolve import Choice, Resolver
 from .scheme import QuantScheme
 from .source import TensorInfo
-from .weight import OpaqueWeight, QuantWeight, concat
+from .weight import OpaqueWeight, QuantWeight, concat, without_act
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -161,11 +161,15 @@ class HubMethod:
                     if len(plain) > 1
                     else [plain[0].to(self.device, self.dtype)]
                 )
-            quantizer = online_quantizer(self.resolver, segment.online)
-            weights: list[Any] = [quantizer.quantize(w, segment.online) for w in plain]
+            scheme = segment.scheme
+            assert scheme is not None
+            quantizer = online_quantizer(self.resolver, scheme)
+            weights: list[Any] = [quantizer.quantize(w, scheme) for w in plain]
         else:
             fmt = self.layout(segment.quant.layout)
             weights = [decode_part(source, fmt, segment.quant, layer, part) for part in segment.parts]
+            if segment.weight_only:
+                weights = [without_act(weight) for weight in weights]
         if len(weights) == 1 or any(isinstance(w, OpaqueWeight) for w in weights):
             return weights
         try:
@@ -282,8 +286,9 @@ def read_plain(source: TensorSource, layer: LayerSpec, part: StoredPart) -> Tens
     """The 16-bit weight of a part, rows and columns of this rank, as stored."""
     rows = slice(*part.rows) if part.rows else slice(None)
     columns = slice(*layer.columns) if layer.columns else slice(None)
-    index: tuple[slice | int, ...] = (rows, columns)
-    return source.read(plain_name(source, part), index if part.expert is None else (part.expert, *index))
+    index: tuple[slice | int, ...] = (columns, rows) if part.transposed else (rows, columns)
+    weight = source.read(plain_name(source, part), index if part.expert is None else (part.expert, *index))
+    return weight.t().contiguous() if part.transposed else weight
 
 
 def plain_name(source: TensorSource, part: StoredPart) -> str:

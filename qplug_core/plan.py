@@ -21,18 +21,21 @@ class Segment:
     """Parts of a layer that become one weight: they have one quantization and one kernel.
 
     ``quant``: as stored, None where the file holds 16 bit. ``online``: the scheme that the 16-bit weight is quantized
-    to at load. ``choice``: None where the segment stays at 16 bit.
+    to at load. ``choice``: None where the segment stays at 16 bit. ``weight_only``: the policy leaves activations at 16 bit
+    though the scheme quantizes them.
     """
 
     parts: tuple[StoredPart, ...]
     quant: LayerQuant | None
     online: QuantScheme | None
     choice: Choice | None
+    weight_only: bool = False
 
     @property
     def scheme(self) -> QuantScheme | None:
         """What the segment computes with, None for 16 bit."""
-        return self.online or (self.quant.scheme if self.quant else None)
+        scheme = self.online or (self.quant.scheme if self.quant else None)
+        return scheme.without_act() if scheme is not None and self.weight_only else scheme
 
     @property
     def n(self) -> int:

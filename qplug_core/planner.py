@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import math
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -145,6 +146,8 @@ class Planner:
         if len(runs) > 1:
             notes.append("its parts have different quantizations, so they run as separate weights")
         segments = tuple(self._segment(layer, tuple(run), quant) for run, quant in runs)
+        if any(segment.weight_only for segment in segments):
+            notes.append("activations stay 16 bit, as activations='16bit' asks, though the scheme quantizes them")
         return Decision(layer, segments, tuple(notes))
 
     def _stored_parts(self, layer: LayerSpec) -> tuple[StoredPart, ...]:
@@ -202,6 +205,7 @@ class Planner:
             return
         self.cover.claim(name, layer.name, _span(part))
         shape = (part.stored_n or part.n, layer.k)
+        shape = shape[::-1] if part.transposed else shape
         stored = info.shape[1:] if part.expert is not None else info.shape
         if info.dtype not in FLOATS:
             self.cover.mistake(f"{name} is {info.dtype} where the config leaves the layer at 16 bit")
@@ -236,8 +240,10 @@ class Planner:
         scheme = online or (quant.scheme if quant else None)
         if scheme is None:
             return Segment(parts, quant, None, None)
+        weight_only = self.policy.activations == "16bit" and scheme.act is not None
+        scheme = scheme.without_act() if weight_only else scheme
         problem = Problem(layer.op, scheme, sum(p.n for p in parts), layer.local_k, self.dtype)
-        return Segment(parts, quant, online, self.resolver.choose(problem, layer.name))
+        return Segment(parts, quant, online, self.resolver.choose(problem, layer.name), weight_only)
 
     def _fill(self, slot: PlainSlot) -> None:
         for names in (*((name,) for name in slot.names), *slot.pieces):
@@ -255,6 +261,8 @@ class Planner:
                 self.cover.mistake(f"{info.name} is {info.dtype} where {slot.name} is a plain parameter")
         rows = sum(info.shape[0] for info in infos) if slot.shape and all(i.shape for i in infos) else 0
         shape = infos[0].shape if len(infos) == 1 else (rows, *infos[0].shape[1:])
+        if len(infos) > 1 and len(shape) < len(slot.shape) and math.prod(shape) == math.prod(slot.shape):
+            shape = slot.shape
         if shape != slot.shape:
             self.cover.mistake(f"{names[0]} has shape {list(shape)} where {slot.name} needs {list(slot.shape)}")
 

@@ -25,13 +25,19 @@ class Policy:
         Layer pattern (fnmatch) to kernel name; the first pattern that matches decides.
     forbid
         Kernel patterns that are never taken; ``core.*`` forbids the reference kernels, which makes a missing kernel an error.
+    activations
+        ``quantized`` does what the scheme says; ``16bit`` leaves activations as they are: another function than the
+        checkpoint's, which a device without the number type may want, and a comparison of weights alone needs.
     """
 
     kernels: str = "auto"
     pin: Mapping[str, str] = field(default_factory=dict)
     forbid: frozenset[str] = frozenset()
+    activations: str = "quantized"
 
     def __post_init__(self) -> None:
+        if self.activations not in ("quantized", "16bit"):
+            raise UsageError(f"activations={self.activations!r} was given; 'quantized' or '16bit' is needed")
         if self.kernels not in ("auto", "reference"):
             raise UsageError(
                 f"kernels={self.kernels!r} was given; 'auto' or 'reference' is needed (pin one kernel with pin=)"
@@ -46,8 +52,13 @@ class Policy:
         return any(fnmatchcase(kernel, pattern) for pattern in self.forbid)
 
     def to_json(self) -> dict[str, Any]:
-        """The three fields."""
-        return {"kernels": self.kernels, "pin": dict(self.pin), "forbid": sorted(self.forbid)}
+        """The fields."""
+        return {
+            "kernels": self.kernels,
+            "pin": dict(self.pin),
+            "forbid": sorted(self.forbid),
+            "activations": self.activations,
+        }
 
 
 @dataclass(frozen=True)

@@ -324,6 +324,11 @@ def concat(weights: Sequence[QuantWeight]) -> QuantWeight:
     )
 
 
+def without_act(weight: QuantWeight | OpaqueWeight) -> QuantWeight | OpaqueWeight:
+    """The same weight for 16-bit activations: their scale and zero point are dropped, ``pre_scale`` and ``act_shift`` stay."""
+    return replace(weight, scheme=weight.scheme.without_act(), act_scale=None, act_div=False, act_zero=None)
+
+
 def stack(weights: Sequence[QuantWeight]) -> QuantWeight:
     """E plain weights of one shape as one stack ``[E, N, K]``.
 

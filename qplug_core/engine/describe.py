@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..errors import ConfigError
 from ..layer import LayerSpec, Op, PlainSlot, StoredPart
@@ -17,6 +17,9 @@ FUSED = {"gate_up_proj": ("gate_proj", "up_proj"), "qkv_proj": ("q_proj", "k_pro
 
 EXPERT_PARTS = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"))
 """Names of one expert's projections on disk: gate, up, down."""
+
+FUSED_EXPERT = ("gate_up_proj", "up_gate_proj")
+"""Names under which one expert's gate and up projections are stored as one, gate rows first (FastDeploy says up_gate)."""
 
 
 @dataclass
@@ -35,20 +38,29 @@ def describe(model: Any, stored: StoredNames) -> Description:
     tied: dict[str, str] = dict(getattr(model, "all_tied_weights_keys", {}) or {})
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     for name, module in model.named_modules():
-        if isinstance(module, (nn.Linear, nn.Embedding)):
+        if _is_layer(module):
             found.layers.append(_layer(model, name, module, stored, tied, is_head=module is head))
             owned.add(f"{name}.weight")
         elif _is_experts(module):
             found.layers += _experts(name, module, stored)
-            found.experts[name] = module.gate_up_proj.shape[0]
-            owned |= {f"{name}.gate_up_proj", f"{name}.down_proj"}
+            found.experts[name] = module.down_proj.shape[0]
+            owned |= {f"{name}.{up_name(module)}", f"{name}.down_proj"}
     state = {**dict(model.named_parameters(remove_duplicate=False)), **persistent_buffers(model)}
     for name, value in state.items():
         if name not in owned:
             found.slots.append(
-                PlainSlot(name, stored.of(name), tuple(value.shape), optional=name in tied, pieces=_pieces(name, stored))
+                PlainSlot(
+                    name, stored.of(name), tuple(value.shape), optional=name in tied, pieces=_pieces(name, value, stored)
+                )
             )
     return found
+
+
+def _is_layer(module: nn.Module) -> bool:
+    """A linear layer or an embedding. A router that is a linear layer with a forward of its own (Llama 4) is not one."""
+    return isinstance(module, nn.Embedding) or (
+        isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
+    )
 
 
 def _layer(
@@ -96,37 +108,73 @@ def _heights(config: Any, leaf: str, n: int) -> tuple[int, ...]:
     return (q, kv, kv)
 
 
+def up_name(module: Any) -> str:
+    """What an experts module calls its first projection: both halves in one, or the only one where there is no gate."""
+    return "gate_up_proj" if hasattr(module, "gate_up_proj") else "up_proj"
+
+
 def _is_experts(module: nn.Module) -> bool:
-    """A module of transformers' layout: ``gate_up_proj [E, 2I, H]`` and ``down_proj [E, H, I]``."""
-    up, down = getattr(module, "gate_up_proj", None), getattr(module, "down_proj", None)
-    if not (isinstance(up, nn.Parameter) and isinstance(down, nn.Parameter) and up.ndim == 3):
+    """A module of transformers' layout: ``gate_up_proj [E, 2I, H]`` (or ``up_proj [E, I, H]``) and ``down_proj [E, H, I]``, or transposed."""
+    up, down = getattr(module, up_name(module), None), getattr(module, "down_proj", None)
+    if not (isinstance(up, nn.Parameter) and isinstance(down, nn.Parameter) and up.ndim == down.ndim == 3):
         return False
-    plain = not getattr(module, "is_transposed", False) and getattr(module, "gate_up_proj_bias", None) is None
-    return plain and up.shape[1] == 2 * down.shape[2] and up.shape[2] == down.shape[1]
+    if getattr(module, "has_post_expert_norm", False):
+        return False
+    rows, hidden = _sizes(module, up)
+    height, inner = _sizes(module, down)
+    return hidden == height and rows in (inner, 2 * inner)
+
+
+def _is_transposed(module: Any) -> bool:
+    """True where the experts of ``module`` are held as ``[E, K, N]``: as it says, or as its shapes say."""
+    said = getattr(module, "is_transposed", None)
+    if said is not None:
+        return bool(said)
+    up, down = getattr(module, up_name(module)).shape, module.down_proj.shape
+    return bool(up[2] != down[1] or up[1] not in (down[2], 2 * down[2]))
+
+
+def _sizes(module: Any, weight: Tensor) -> tuple[int, int]:
+    """N and K of one expert."""
+    n, k = weight.shape[1:]
+    return (k, n) if _is_transposed(module) else (n, k)
 
 
 def _experts(name: str, module: Any, stored: StoredNames) -> list[LayerSpec]:
-    count, rows, hidden = module.gate_up_proj.shape
-    inner = rows // 2
+    first = up_name(module)
+    count = module.down_proj.shape[0]
+    rows, hidden = _sizes(module, getattr(module, first))
+    inner = _sizes(module, module.down_proj)[1]
+    flipped = _is_transposed(module)
     layers = []
     for e in range(count):
         up: list[tuple[StoredPart, ...]] = []
         down: list[tuple[StoredPart, ...]] = []
         for place in stored.of(name):
-            for gate_name, up_name, down_name in EXPERT_PARTS:
-                up.append((StoredPart(f"{place}.{e}.{gate_name}", inner), StoredPart(f"{place}.{e}.{up_name}", inner)))
+            for gate_name, up_part, down_name in EXPERT_PARTS:
+                halves = (StoredPart(f"{place}.{e}.{gate_name}", inner), StoredPart(f"{place}.{e}.{up_part}", inner))
+                up.append(halves if rows == 2 * inner else halves[1:])
                 down.append((StoredPart(f"{place}.{e}.{down_name}", hidden),))
-            up.append((StoredPart(f"{place}.gate_up_proj", rows, expert=e),))
-            down.append((StoredPart(f"{place}.down_proj", hidden, expert=e),))
-        layers.append(LayerSpec(f"{name}.{e}.gate_up_proj", "experts", rows, hidden, tuple(up)))
+            for fused in FUSED_EXPERT:
+                up.append((StoredPart(f"{place}.{e}.{fused}", rows),))
+            up.append((StoredPart(f"{place}.{first}", rows, expert=e, transposed=flipped),))
+            down.append((StoredPart(f"{place}.down_proj", hidden, expert=e, transposed=flipped),))
+        layers.append(LayerSpec(f"{name}.{e}.{first}", "experts", rows, hidden, tuple(up)))
         layers.append(LayerSpec(f"{name}.{e}.down_proj", "experts", hidden, inner, tuple(down)))
     return layers
 
 
-def _pieces(name: str, stored: StoredNames) -> tuple[tuple[str, ...], ...]:
-    """A bias of a fused layer as the biases of its parts."""
+def _pieces(name: str, value: Tensor, stored: StoredNames) -> tuple[tuple[str, ...], ...]:
+    """A bias as it is held in pieces: of the parts of a fused layer, or of experts one by one."""
     module, _, leaf = name.rpartition(".")
     parent, _, projection = module.rpartition(".")
+    if leaf in ("gate_up_proj_bias", "up_proj_bias", "down_proj_bias"):
+        which = {"gate_up_proj_bias": slice(0, 2), "up_proj_bias": slice(1, 2), "down_proj_bias": slice(2, 3)}[leaf]
+        return tuple(
+            tuple(f"{place}.{e}.{p}.bias" for e in range(value.shape[0]) for p in parts[which])
+            for place in stored.of(module)
+            for parts in EXPERT_PARTS
+        )
     if projection not in FUSED:
         return ()
     return tuple(tuple(f"{place}.{p}.{leaf}" for p in FUSED[projection]) for place in stored.of(parent))

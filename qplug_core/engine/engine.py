@@ -23,7 +23,7 @@ from ..registry import Registry, get_registry
 from ..resolve import Policy
 from ..scheme import QuantScheme
 from ..source import Source
-from .describe import Description, describe
+from .describe import Description, describe, up_name
 from .memory import trim
 from .modules import QuantEmbedding, QuantExperts, QuantLinear
 from .names import StoredNames
@@ -197,6 +197,7 @@ def load(
     kernels: str = "auto",
     pin: Mapping[str, str] | None = None,
     forbid: Sequence[str] = (),
+    activations: str = "quantized",
     progress: bool = False,
     registry: Registry | None = None,
 ) -> Engine:
@@ -208,7 +209,7 @@ def load(
         ``float32`` is exact arithmetic; ``bfloat16`` and ``float16`` are native: one rounding of each weight, the producer's order.
     quantize
         A scheme for a 16-bit checkpoint, quantized layer by layer while it is read.
-    kernels, pin, forbid
+    kernels, pin, forbid, activations
         See :class:`~qplug_core.resolve.Policy`.
 
     :raises QplugError: and nothing is loaded.
@@ -218,7 +219,8 @@ def load(
     source = Source.open(path)
     registry = registry or get_registry()
     target = Device.current() if device != "cpu" else Device.cpu()
-    planner = Planner(source, target, dtype, Policy(kernels, dict(pin or {}), frozenset(forbid)), quantize, registry)
+    policy = Policy(kernels, dict(pin or {}), frozenset(forbid), activations)
+    planner = Planner(source, target, dtype, policy, quantize, registry)
     model = skeleton(model_config(source), DTYPES[dtype])
     described = describe(model, StoredNames(model, source.tensors))
     plan = planner.plan(described.layers, described.slots)
@@ -310,7 +312,7 @@ class _Loader:
         parent, _, leaf = slot.name.rpartition(".")
         module = self.model.get_submodule(parent)
         old = getattr(module, leaf)
-        value = value.to(self.device, old.dtype)
+        value = value.view(old.shape).to(self.device, old.dtype)
         if leaf in module._parameters:
             module._parameters[leaf] = nn.Parameter(value, requires_grad=False)
         else:
@@ -321,9 +323,12 @@ class _Loader:
     def _place_experts(self, methods: dict[str, QuantMethod]) -> None:
         for name, count in self.described.experts.items():
             original = self.model.get_submodule(name)
-            gate_up = [methods[f"{name}.{e}.gate_up_proj"] for e in range(count)]
+            first = up_name(original)
+            up = [methods[f"{name}.{e}.{first}"] for e in range(count)]
             down = [methods[f"{name}.{e}.down_proj"] for e in range(count)]
-            self.model.set_submodule(name, QuantExperts(gate_up, down, original))
+            halves = sum(len(s.parts) for s in up[0].decision.segments) > 1
+            del original._parameters[first], original._parameters["down_proj"]
+            self.model.set_submodule(name, QuantExperts(up, down, original, halves))
 
     def _check_complete(self) -> None:
         empty = [n for n, p in [*self.model.named_parameters(), *self.model.named_buffers()] if p.is_meta]

@@ -45,27 +45,50 @@ class QuantEmbedding(nn.Module):
 
 
 class QuantExperts(nn.Module):
-    """Experts, each with its own two methods: ``gate_up [2I, H]`` and ``down [H, I]``.
+    """Experts, each with its own two methods: ``gate_up [2I, H]`` (or ``up [I, H]``) and ``down [H, I]``.
 
     Takes the place of a transformers experts module: everything between the router and the sum over experts. Only
-    the experts that a batch selects are touched.
+    the experts that a batch selects are touched. ``original``: that module without its weights, which knows the
+    activation and holds the biases. ``halves``: gate rows come before up rows, though the module interleaves them.
     """
 
-    def __init__(self, gate_up: list[QuantMethod], down: list[QuantMethod], original: Any) -> None:
+    def __init__(self, up: list[QuantMethod], down: list[QuantMethod], original: Any, halves: bool) -> None:
         super().__init__()
-        self.gate_up = gate_up
+        self.up = up
         self.down = down
-        self.act_fn = original.act_fn
-        self.num_experts = len(gate_up)
+        self.original = original
+        self.halves = halves and not getattr(original, "is_concatenated", True)
+        self.gated = up[0].decision.layer.n == 2 * down[0].decision.layer.k
+        self.num_experts = len(up)
 
-    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """Tokens ``[T, H]``, LongTensor ``[T, k]`` and weights ``[T, k]`` to ``[T, H]``."""
+    def forward(self, hidden_states: Tensor, *routing: Tensor) -> Tensor:
+        """Tokens ``[T, H]``, LongTensor ``[T, k]`` and weights ``[T, k]`` to ``[T, H]``; or tokens sorted by expert alone (Llama 4)."""
+        if not routing:
+            pieces = hidden_states.view(self.num_experts, -1, hidden_states.shape[-1])
+            return torch.cat([self._expert(e, x) for e, x in enumerate(pieces)])
+        top_k_index, top_k_weights = routing
         out = torch.zeros_like(hidden_states)
         for e in torch.unique(top_k_index).tolist():
             if e >= self.num_experts:  # The router's mark for a token that no expert takes.
                 continue
             tokens, place = torch.where(top_k_index == e)
-            gate, up = self.gate_up[e].apply(hidden_states[tokens]).chunk(2, dim=-1)
-            y = self.down[e].apply(self.act_fn(gate) * up)
+            y = self._expert(e, hidden_states[tokens])
             out.index_add_(0, tokens, (y * top_k_weights[tokens, place, None]).to(out.dtype))
         return out
+
+    def _expert(self, e: int, x: Tensor) -> Tensor:
+        """``x [M, H]`` through one expert, biases included."""
+        name = "gate_up_proj_bias" if self.gated else "up_proj_bias"
+        up_bias, down_bias = (getattr(self.original, n, None) for n in (name, "down_proj_bias"))
+        y = self.up[e].apply(x, None if up_bias is None else up_bias[e])
+        return self.down[e].apply(self._activate(y), None if down_bias is None else down_bias[e])
+
+    def _activate(self, y: Tensor) -> Tensor:
+        if not self.gated:
+            return self.original.act_fn(y)  # type: ignore[no-any-return]
+        if self.halves:
+            y = torch.stack(y.chunk(2, dim=-1), dim=-1).flatten(-2)
+        if hasattr(self.original, "_apply_gate"):
+            return self.original._apply_gate(y)  # type: ignore[no-any-return]
+        gate, up = y.chunk(2, dim=-1)
+        return self.original.act_fn(gate) * up  # type: ignore[no-any-return]
