@@ -2,7 +2,8 @@
 
 An axis is written as it is said: ``"N"``, ``"K/8"`` (one stored element for 8 logical), ``"3*K/32"`` (three for 32;
 numerator and denominator are kept as written, because a unit of 32 cannot be cut at 16), ``"ceil(K/128)"`` (a ragged
-end is allowed), ``"N*K/2"`` (flattened row-major), ``"E"``, or a plain number.
+end is allowed), ``"8*ceil(K/1024)"`` (eight for every unit of 1024 that is begun: padded), ``"N*K/2"`` (flattened
+row-major), ``"E"``, or a plain number.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 _AXIS = re.compile(r"^(?:(?P<num>\d+)\*)?(?P<var>N\*K|N|K|E)(?:/(?P<den>\d+))?$")
+_PADDED = re.compile(r"^(\d+)\*ceil\(([NKE])/(\d+)\)$")
 
 
 @dataclass(frozen=True)
@@ -23,6 +25,7 @@ class Axis:
     num: int = 1
     den: int = 1
     ceil: bool = False
+    padded: bool = False
 
     @classmethod
     def parse(cls, text: str) -> Axis:
@@ -32,6 +35,8 @@ class Axis:
         """
         if text.isdigit():
             return cls("", int(text))
+        if padded := _PADDED.match(text):
+            return cls(padded[2], int(padded[1]), int(padded[3]), ceil=True, padded=True)
         ragged = text.startswith("ceil(") and text.endswith(")")
         found = _AXIS.match(text[5:-1] if ragged else text)
         if not found:
@@ -42,7 +47,11 @@ class Axis:
         """Stored length for logical ``sizes`` of N, K and E; None where they do not divide and the axis is not ragged."""
         if not self.var:
             return self.num
+        if self.var == "E" and "E" not in sizes:
+            return None  # One matrix was asked for, and this is the shape of a stack.
         logical = sizes["N"] * sizes["K"] if self.var == "N*K" else sizes[self.var]
+        if self.padded:
+            return -(-logical // self.den) * self.num
         if self.ceil:
             return -(-logical * self.num // self.den)
         return None if logical % self.den else logical // self.den * self.num
@@ -58,7 +67,7 @@ class StoredTensor:
 
     name
         Suffix after the layer's stored name: ``"qweight"`` is ``<layer>.qweight``; a name with ``{module}`` in it
-        is a template of its own, such as ``"{module}_scale_inv"``.
+        is a template of its own, such as ``"{module}_scale_inv"``; ``{parent}`` is the module that the layer is in.
     axes
         One string for each dimension.
     dtypes
@@ -71,6 +80,8 @@ class StoredTensor:
         Other shapes under which the same tensor is seen, such as ``(("N", "1"),)`` beside ``("N",)``.
     local
         False where a cut of the tensor is not the tensor of a cut: it is read whole, decoded, then narrowed.
+    shared
+        Stored once for several layers, each of which takes all of it: one input scale beside query, key and value.
     """
 
     name: str
@@ -81,10 +92,13 @@ class StoredTensor:
     alt: tuple[tuple[str, ...], ...] = ()
     meta: bool = False
     local: bool = True
+    shared: bool = False
 
     def full_name(self, module: str) -> str:
         """Name in the checkpoint for a layer stored as ``module``."""
-        return self.name.format(module=module) if "{module}" in self.name else f"{module}.{self.name}"
+        if "{" not in self.name:
+            return f"{module}.{self.name}"
+        return self.name.format(module=module, parent=module.rpartition(".")[0])
 
     def match(self, shape: tuple[int, ...], sizes: Mapping[str, int]) -> tuple[Axis, ...] | None:
         """The declared axes that give ``shape``, or None."""

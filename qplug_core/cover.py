@@ -23,9 +23,11 @@ class Cover:
     wrong: list[str] = field(default_factory=list)
     ignored: dict[str, str] = field(default_factory=dict)
 
-    def claim(self, name: str, owner: str, rows: tuple[int, int] | None = None) -> None:
-        """``owner`` takes tensor ``name``, or its rows (or experts) ``rows``."""
-        self.claims.setdefault(name, []).append((owner, rows))
+    def claim(self, name: str, owner: str, rows: tuple[int, int] | None = None, shared: bool = False) -> None:
+        """``owner`` takes tensor ``name``, or its rows (or experts) ``rows``; one claim stands for all who share it."""
+        claims = self.claims.setdefault(name, [])
+        if not (shared and claims):
+            claims.append((owner, rows))
 
     def miss(self, name: str, owner: str) -> None:
         """``owner`` needs a tensor that is not there."""

@@ -61,6 +61,13 @@ class CheckpointFormat(ABC):
         """The ``quantization_config`` for config.json that says ``layers``: module name to quantization, None for 16 bit."""
         raise NotImplementedError(f"{self.name} has no writer")
 
-    def kv_tensors(self, attention: str) -> dict[str, str]:
-        """Stored names of KV-cache scales of one attention module, by role: ``k_scale``, ``v_scale``, ``q_scale``, ``k_zero``..."""
+    def kv_tensors(self, attention: str) -> Mapping[str, str | tuple[str, ...]]:
+        """Stored names of KV-cache scales of one attention module by role: ``k_scale``, ``v_scale``, ``k_zero``, ``v_zero``, ``q_scale``.
+
+        Of several names for one role, the first that is stored is taken. Other roles are claimed and not used.
+        """
         return {}
+
+    def decode_kv(self, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Factors and zero points by role, ``[]``, ``[H]`` or ``[H, D]``, from stored tensors: where a tool stores divisors."""
+        return tensors

@@ -79,11 +79,15 @@ class Decision:
 
 @dataclass(frozen=True)
 class CacheDecision:
-    """The KV cache of one attention layer: its scheme, and where its scales are stored by role."""
+    """The KV cache of one attention layer: its scheme, and where its scales are stored by role.
+
+    ``unit_scale``: the scheme has stored scales, the file has none, and they are 1, as its producer means.
+    """
 
     layer: str
     scheme: TensorQuant
     scales: Mapping[str, str]
+    unit_scale: bool = False
 
 
 @dataclass

@@ -17,13 +17,14 @@ from .device import Device
 from .errors import ConfigError, CoverError, UsageError
 from .format import CheckpointFormat
 from .kernel import Problem
+from .kv import kv_scheme, plan_caches
 from .layer import LayerSpec, PlainSlot, StoredPart
 from .method import plain_name
-from .plan import CacheDecision, Decision, QuantPlan, Segment
+from .plan import Decision, QuantPlan, Segment
 from .quantizer import online_scheme
 from .registry import Entry, Registry, get_registry
 from .resolve import Policy, Resolver
-from .scheme import QuantScheme
+from .scheme import QuantScheme, TensorQuant
 from .source import Source
 
 ONLINE_OPS = ("linear", "experts")
@@ -65,8 +66,9 @@ class Planner:
         quantize: str | QuantScheme | None = None,
         registry: Registry | None = None,
         assumed: bool = False,
+        kv_cache: str | TensorQuant | None = None,
     ) -> None:
-        """``assumed``: there are no headers yet, and the config is believed."""
+        """``assumed``: there are no headers yet, and the config is believed. ``kv_cache``: see :func:`kv_scheme`."""
         self.source = source
         self.assumed = assumed
         self.registry = registry or get_registry()
@@ -76,6 +78,7 @@ class Planner:
         self.resolver = Resolver(self.registry, self.device, self.policy)
         self.config, self.format = read_config(source, self.registry)
         self.online = QuantScheme.parse(quantize) if isinstance(quantize, str) else quantize
+        self.kv_wanted = kv_cache if isinstance(kv_cache, TensorQuant) else kv_scheme(kv_cache)
         self.cover = Cover(source.tensors)
         self._names = sorted(source.tensors)
         self._formats: dict[str, CheckpointFormat] = {}
@@ -103,7 +106,7 @@ class Planner:
         decisions = [self._decide(layer) for layer in layers if layer.op != "kv_cache"]
         for slot in slots:
             self._fill(slot)
-        caches = self._caches(layers)
+        caches, kv_notes = plan_caches(layers, self.kv_wanted, self.config, self.format, self.cover)
         try:
             self.cover.check({**ROTARY, **self.config.ignorable}, complete)
         except CoverError as error:
@@ -119,7 +122,7 @@ class Planner:
             caches=tuple(caches),
             plugins={row.distribution: row.version for row in self.registry.plugins if row.state == "ready"},
             policy=self.policy.to_json(),
-            notes=tuple(self._notes()),
+            notes=(*self._notes(), *kv_notes),
         )
 
     def _notes(self) -> list[str]:
@@ -221,7 +224,7 @@ class Planner:
                 if not tensor.optional:
                     self.cover.miss(name, f"{layer.name} as {quant.layout} {quant.scheme}")
                 continue
-            self.cover.claim(name, layer.name, _span(part))
+            self.cover.claim(name, layer.name, None if tensor.shared else _span(part), tensor.shared)
             shape = info.shape
             if part.expert is not None and shape and "E" in "".join(tensor.axes):
                 sizes = {**sizes, "E": shape[0]}
@@ -266,24 +269,6 @@ class Planner:
         if shape != slot.shape:
             self.cover.mistake(f"{names[0]} has shape {list(shape)} where {slot.name} needs {list(slot.shape)}")
 
-    def _caches(self, layers: Sequence[LayerSpec]) -> list[CacheDecision]:
-        found = []
-        for layer in layers:
-            if layer.op != "kv_cache" or self.format is None:
-                continue
-            scales = {}
-            for role, name in self.format.kv_tensors(layer.name).items():
-                if name in self.source.tensors:
-                    self.cover.claim(name, layer.name)
-                    scales[role] = name
-            if self.config.kv is not None:
-                found.append(CacheDecision(layer.name, self.config.kv, scales))
-            elif scales:
-                self.cover.mistake(
-                    f"{next(iter(scales.values()))} is a KV-cache scale and the config names no KV-cache scheme"
-                )
-        return found
-
 
 def sizes_of(layer: LayerSpec, part: StoredPart) -> dict[str, int]:
     """Logical N and K of a part as it is stored, whole."""
@@ -310,6 +295,7 @@ def plan(
     parallel: dict[str, str] | None = None,
     policy: Policy | None = None,
     quantize: str | QuantScheme | None = None,
+    kv_cache: str | None = None,
     complete: bool | None = None,
     registry: Registry | None = None,
 ) -> QuantPlan:
@@ -321,6 +307,8 @@ def plan(
     layers, slots
         What the engine needs; whole layers, of which ``tp`` ``(rank, world)`` takes its part where ``parallel`` (pattern of
         layer names to ``"N"`` or ``"K"``) says so.
+    kv_cache
+        See :func:`qplug_core.kv.kv_scheme`.
     complete
         The layers and slots are the whole model; default: True where slots are given.
     """
@@ -330,7 +318,8 @@ def plan(
     elif source is None:
         source = Source.open(str(checkpoint))
     target = Device.from_name(device) if isinstance(device, str) else device
-    planner = Planner(source, target, dtype, policy, quantize, registry, assumed=isinstance(checkpoint, dict))
+    assumed = isinstance(checkpoint, dict)
+    planner = Planner(source, target, dtype, policy, quantize, registry, assumed, kv_cache)
     rank, world = tp
     if not 0 <= rank < world:
         raise UsageError(f"tp=({rank}, {world}) was given; a rank from 0 to {world - 1} of at least 1 is needed")

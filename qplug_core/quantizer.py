@@ -170,6 +170,7 @@ def _safe(scales: Tensor) -> Tensor:
 
 def _nearest(values: Tensor, codebook: Tensor) -> Tensor:
     """Codes uint8 of the nearest codebook values; a tie takes the even code of the sorted magnitudes."""
+    values = values.contiguous()
     order = torch.argsort(codebook, stable=True)
     ordered = codebook[order]
     middles = (ordered[1:] + ordered[:-1]) / 2

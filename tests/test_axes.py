@@ -11,7 +11,16 @@ from qplug_core.axes import Axis, StoredTensor, Window, covering, slices
 
 @pytest.mark.parametrize(
     ("text", "length"),
-    [("N", 64), ("K/8", 12), ("3*K/32", 9), ("ceil(K/128)", 1), ("N*K/2", 3072), ("7", 7), ("ceil(3*K/64)", 5)],
+    [
+        ("N", 64),
+        ("K/8", 12),
+        ("3*K/32", 9),
+        ("ceil(K/128)", 1),
+        ("N*K/2", 3072),
+        ("7", 7),
+        ("ceil(3*K/64)", 5),
+        ("2*ceil(K/64)", 4),
+    ],
 )
 def test_lengths(text, length):
     assert Axis.parse(text).length({"N": 64, "K": 96}) == length

@@ -128,26 +128,36 @@ def test_embedding_rows():
 
 
 @pytest.mark.parametrize(
-    ("name", "scale", "bytes_per_value", "bound"),
+    ("name", "scale", "width"),
     [
-        ("W16A16C8", None, 1, 0.01),
-        ("W16A16C4", None, 0.5, 0.12),
-        ("W16A16Cnvfp4", None, 0.5, 0.12),
-        ("W16A16Cfp8", torch.tensor(0.01), 1, 0.04),
-        ("W16A16Cfp8_c:head", torch.tensor([0.01, 0.02]), 1, 0.04),
+        ("W16A16C8", None, 64 + 4),
+        ("W16A16C8_c:asym", None, 64 + 5),
+        ("W16A16C4", None, 32 + 4),
+        ("W16A16C4_c:g16", None, 32 + 16),
+        ("W16A16C4_c:asym", None, 32 + 5),
+        ("W16A16Cnvfp4", None, 32 + 4),
+        ("W16A16Cnvfp4_c:local", torch.tensor(0.01), 32 + 4),
+        ("W16A16Cfp8_c:dynamic.token", None, 64 + 4),
+        ("W16A16Cfp8e5m2", torch.tensor(0.01), 64),
+        ("W16A16Cfp8", torch.tensor(0.01), 64),
+        ("W16A16Cfp8_c:head", torch.tensor([0.01, 0.02]), 64),
+        ("W16A16C8_c:static.head", torch.full((2, 64), 0.03), 64),
     ],
 )
-def test_a_cache_reads_back_what_was_stored(name, scale, bytes_per_value, bound):
-    kv = QuantScheme.parse(name).kv
+def test_a_cache_reads_back_what_was_stored(name, scale, width):
+    scheme = QuantScheme.parse(name)
+    kv, bound = scheme.kv, scheme.tolerance.cache
     x = noise(3, 2, 5, 64)
-    stored = ReferenceKVCache().quantize(x, kv, scale)
-    assert stored.codes.nbytes == x.numel() * bytes_per_value
-    assert 0 < float((stored.dequantize(torch.float32) - x).norm() / x.norm()) < bound
+    coder = ReferenceKVCache().coder(kv, scale)
+    stored = coder.encode(x)
+    assert stored.dtype == torch.uint8
+    assert stored.shape == (*x.shape[:-1], coder.width(64)) == (*x.shape[:-1], width)
+    assert bound / 10 < float((coder.decode(stored, 64, torch.float32) - x).norm() / x.norm()) < bound
 
 
 def test_a_static_cache_needs_its_scale():
     with pytest.raises(SchemeError, match="k_scale"):
-        ReferenceKVCache().quantize(noise(1, 1, 1, 8), QuantScheme.parse("W16A16Cfp8").kv)
+        ReferenceKVCache().coder(QuantScheme.parse("W16A16Cfp8").kv)
 
 
 def test_an_opaque_weight_runs_on_the_reference_kernel():

@@ -16,8 +16,18 @@ import click
 @click.option("--tp", default=1, type=click.IntRange(min=1), help="Plan rank 0 of this many tensor-parallel ranks.")
 @click.option("--dtype", default="bfloat16", type=click.Choice(["float32", "bfloat16", "float16"]), help="Activations.")
 @click.option("--quantize", default=None, help="Plan a 16-bit checkpoint quantized at load, W8A16 for example.")
+@click.option("--kv-cache", default=None, help="Plan a KV cache of fp8, int8, int4 or nvfp4.")
 @click.option("--json", "as_json", is_flag=True, help="Print the plan as JSON.")
-def explain(model: str, layer: str, device: str | None, tp: int, dtype: str, quantize: str | None, as_json: bool) -> None:
+def explain(
+    model: str,
+    layer: str,
+    device: str | None,
+    tp: int,
+    dtype: str,
+    quantize: str | None,
+    kv_cache: str | None,
+    as_json: bool,
+) -> None:
     """Explain how MODEL would load: the scheme, layout and kernel of each layer, and why each other kernel was refused.
 
     Exit code 3 means that every quantized layer would run on a reference kernel.
@@ -27,7 +37,7 @@ def explain(model: str, layer: str, device: str | None, tp: int, dtype: str, qua
     from ..errors import UsageError
 
     target = Device.from_name(device) if device else None
-    plan = explain_checkpoint(model, target, tp, dtype, quantize)
+    plan = explain_checkpoint(model, target, tp, dtype, quantize, kv_cache)
     decisions = plan.select(layer)
     if not decisions:
         names = ", ".join(d.layer.name for d in plan.decisions[:3])

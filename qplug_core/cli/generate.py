@@ -12,6 +12,9 @@ import click
 @click.option("--prompt", required=True, help="Text to continue; '-' reads it from standard input.")
 @click.option("--max-new-tokens", default=64, type=click.IntRange(min=1), show_default=True)
 @click.option("--quantize", default=None, help="Quantize a 16-bit checkpoint while it loads, to W8A16 for example.")
+@click.option(
+    "--kv-cache", default=None, help="Keep keys and values as fp8, int8, int4 or nvfp4; 16bit ignores the checkpoint's own."
+)
 @click.option("--dtype", default="bfloat16", type=click.Choice(["float32", "bfloat16", "float16"]), show_default=True)
 @click.option("--kernels", default="auto", type=click.Choice(["auto", "reference"]), show_default=True)
 @click.option("--stop", multiple=True, help="End before this text; may be given several times.")
@@ -23,6 +26,7 @@ def generate(
     prompt: str,
     max_new_tokens: int,
     quantize: str | None,
+    kv_cache: str | None,
     dtype: str,
     kernels: str,
     stop: tuple[str, ...],
@@ -38,12 +42,14 @@ def generate(
 
     if prompt == "-":
         prompt = sys.stdin.read()
-    engine = load(model, dtype=dtype, quantize=quantize, kernels=kernels, progress=sys.stderr.isatty())
+    engine = load(model, dtype=dtype, quantize=quantize, kv_cache=kv_cache, kernels=kernels, progress=sys.stderr.isatty())
     options = {"stop": stop, "temperature": temperature, "top_p": top_p, "seed": seed}
     for piece in engine.generate(prompt, max_new_tokens, stream=True, **options):  # type: ignore[arg-type]
         click.echo(piece, nl=False)
         sys.stdout.flush()
     click.echo()
+    if engine.cache_bytes_per_token is not None:
+        click.echo(f"KV cache: {engine.cache_bytes_per_token} bytes per token", err=True)
     for note in engine.notes:
         click.echo(f"note: {note}", err=True)
     if engine.plan.reference_only and kernels == "auto":

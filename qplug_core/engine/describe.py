@@ -24,11 +24,16 @@ FUSED_EXPERT = ("gate_up_proj", "up_gate_proj")
 
 @dataclass
 class Description:
-    """A model as the planner sees it. ``experts``: names of modules that hold experts, with their number."""
+    """A model as the planner sees it.
+
+    ``experts``: names of modules that hold experts, with their number; ``attention``: names of attention modules, with the
+    index of the layer in a cache.
+    """
 
     layers: list[LayerSpec] = field(default_factory=list)
     slots: list[PlainSlot] = field(default_factory=list)
     experts: dict[str, int] = field(default_factory=dict)
+    attention: dict[str, int] = field(default_factory=dict)
 
 
 def describe(model: Any, stored: StoredNames) -> Description:
@@ -41,6 +46,9 @@ def describe(model: Any, stored: StoredNames) -> Description:
         if _is_layer(module):
             found.layers.append(_layer(model, name, module, stored, tied, is_head=module is head))
             owned.add(f"{name}.weight")
+        elif "Attention" in type(module).__name__ and hasattr(module, "layer_idx"):
+            found.layers.append(_cache(model, name, module, stored))
+            found.attention[name] = module.layer_idx
         elif _is_experts(module):
             found.layers += _experts(name, module, stored)
             found.experts[name] = module.down_proj.shape[0]
@@ -58,9 +66,7 @@ def describe(model: Any, stored: StoredNames) -> Description:
 
 def _is_layer(module: nn.Module) -> bool:
     """A linear layer or an embedding. A router that is a linear layer with a forward of its own (Llama 4) is not one."""
-    return isinstance(module, nn.Embedding) or (
-        isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
-    )
+    return isinstance(module, nn.Embedding) or (isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward)
 
 
 def _layer(
@@ -80,6 +86,15 @@ def _layer(
     weight_of = tied.get(f"{name}.weight", "").removesuffix(".weight")
     kind = "Embedding" if op == "embedding" else "Linear"
     return LayerSpec(name, op, n, k, tuple(alternatives), module_class=kind, tied_to=weight_of or None)
+
+
+def _cache(model: Any, name: str, module: Any, stored: StoredNames) -> LayerSpec:
+    """Keys and values of one attention module: N heads of depth K."""
+    text = model.config.get_text_config()
+    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    depth = getattr(module, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    places = tuple((StoredPart(place, heads),) for place in stored.of(name))
+    return LayerSpec(name, "kv_cache", heads, depth, places, module_class=type(module).__name__)
 
 
 def _slices(model: Any, parent: str, leaf: str, fused: str, n: int, stored: StoredNames) -> list[tuple[StoredPart, ...]]:

@@ -10,19 +10,21 @@ from typing import Any
 import torch
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
-from transformers import AutoTokenizer, GenerationConfig, TextIteratorStreamer
+from transformers import AutoTokenizer, DynamicCache, GenerationConfig, TextIteratorStreamer
 
 from ..config import QuantizationConfig
 from ..device import Device
 from ..errors import CheckpointError, UsageError
 from ..layer import PlainSlot
 from ..method import HubMethod, QuantMethod, read_plain
-from ..plan import Decision, QuantPlan
+from ..plan import CacheDecision, Decision, QuantPlan
 from ..planner import Planner
+from ..reference.kv_cache import CacheCoder
 from ..registry import Registry, get_registry
 from ..resolve import Policy
 from ..scheme import QuantScheme
 from ..source import Source
+from .cache import Coders, bytes_per_token, quant_cache
 from .describe import Description, describe, up_name
 from .memory import trim
 from .modules import QuantEmbedding, QuantExperts, QuantLinear
@@ -41,10 +43,23 @@ class Engine:
         What was decided for every layer, and why.
     source
         The checkpoint, still open for :meth:`reload`.
+    coders
+        What quantizes keys and values, by layer of the cache; empty where they stay at 16 bit.
+    cache_bytes_per_token
+        Bytes of one token of one sequence in all layers, as counted in the last generation with a quantized cache; None before it.
     """
 
-    def __init__(self, model: Any, plan: QuantPlan, source: Source, methods: dict[str, QuantMethod]) -> None:
+    def __init__(
+        self,
+        model: Any,
+        plan: QuantPlan,
+        source: Source,
+        methods: dict[str, QuantMethod],
+        coders: Mapping[int, Coders] | None = None,
+    ) -> None:
         self.model = model
+        self.coders = dict(coders or {})
+        self.cache_bytes_per_token: int | None = None
         self.plan = plan
         self.source = source
         self.methods = methods
@@ -84,12 +99,18 @@ class Engine:
     @torch.inference_mode()
     def logits(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """LongTensor ``[B, T]`` to float32 ``[B, T, V]``."""
-        out = self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+        cache = self._cache() if self.coders else None
+        out = self.model(
+            input_ids=input_ids, attention_mask=attention_mask, past_key_values=cache, use_cache=cache is not None
+        )
         if not hasattr(out, "logits"):
             raise UsageError(
                 f"{type(self.model).__name__} has no language-model head, so it has no logits; call engine.model(...) instead"
             )
         return out.logits.float()  # type: ignore[no-any-return]
+
+    def _cache(self) -> DynamicCache:
+        return quant_cache(self.model.config, self.coders)
 
     @torch.inference_mode()
     def forward(self, **inputs: Tensor) -> Any:
@@ -107,10 +128,12 @@ class Engine:
         top_p: float = 1.0,
         top_k: int = 0,
         seed: int | None = None,
+        num_beams: int = 1,
     ) -> str | list[str] | Iterator[str]:
         """Text after ``prompt`` (not with it): a string, a list for a list of prompts, or an iterator with ``stream``.
 
-        ``temperature`` 0 is greedy. ``stop``: generation ends before the first of these strings. ``seed`` makes sampling repeatable.
+        ``temperature`` 0 is greedy; ``num_beams`` above 1 searches. ``stop``: generation ends
+        before the first of these strings. ``seed`` makes sampling repeatable.
 
         :raises UsageError: for streaming a batch, or a negative temperature.
         """
@@ -118,17 +141,22 @@ class Engine:
             raise UsageError(
                 f"{type(self.model).__name__} does not generate text; call engine.model(...) for its own forward"
             )
-        if temperature < 0 or max_new_tokens < 1:
+        if temperature < 0 or max_new_tokens < 1 or num_beams < 1:
             raise UsageError(
-                f"temperature {temperature} and max_new_tokens {max_new_tokens} were given; at least 0 and 1 are needed"
+                f"temperature {temperature}, max_new_tokens {max_new_tokens} and num_beams {num_beams} were given; at least 0, 1 and 1 "
+                "are needed"
             )
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         if not prompts or not all(prompts):
             raise UsageError("an empty prompt was given; at least one character is needed")
-        if stream and len(prompts) > 1:
-            raise UsageError(f"{len(prompts)} prompts were given with stream=True; stream one at a time")
+        if stream and (len(prompts) > 1 or num_beams > 1):
+            raise UsageError(f"{len(prompts)} prompts and {num_beams} beams were given with stream=True; stream one of each")
         inputs = self.tokenizer(prompts, return_tensors="pt", padding=True)
-        options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": temperature > 0}
+        options: dict[str, Any] = {
+            "max_new_tokens": max_new_tokens,
+            "do_sample": temperature > 0,
+            "num_beams": num_beams,
+        }
         if temperature > 0:
             options |= {"temperature": temperature, "top_p": top_p, "top_k": top_k}
         config = GenerationConfig(
@@ -150,7 +178,12 @@ class Engine:
         with torch.inference_mode(), torch.random.fork_rng(enabled=seed is not None):
             if seed is not None:
                 torch.manual_seed(seed)
+            cache = self._cache() if self.coders else None
+            if cache is not None:
+                more["past_key_values"] = cache
             out: Tensor = self.model.generate(**kept, generation_config=config, tokenizer=self.tokenizer, **more)
+            if cache is not None:
+                self.cache_bytes_per_token = bytes_per_token(cache)
             return out
 
     def _stream(
@@ -198,6 +231,7 @@ def load(
     pin: Mapping[str, str] | None = None,
     forbid: Sequence[str] = (),
     activations: str = "quantized",
+    kv_cache: str | None = None,
     progress: bool = False,
     registry: Registry | None = None,
 ) -> Engine:
@@ -209,6 +243,8 @@ def load(
         ``float32`` is exact arithmetic; ``bfloat16`` and ``float16`` are native: one rounding of each weight, the producer's order.
     quantize
         A scheme for a 16-bit checkpoint, quantized layer by layer while it is read.
+    kv_cache
+        None or ``auto``: what the checkpoint says; ``16bit``; or ``fp8``, ``int8``, ``int4``, ``nvfp4`` for any checkpoint.
     kernels, pin, forbid, activations
         See :class:`~qplug_core.resolve.Policy`.
 
@@ -220,13 +256,31 @@ def load(
     registry = registry or get_registry()
     target = Device.current() if device != "cpu" else Device.cpu()
     policy = Policy(kernels, dict(pin or {}), frozenset(forbid), activations)
-    planner = Planner(source, target, dtype, policy, quantize, registry)
+    planner = Planner(source, target, dtype, policy, quantize, registry, kv_cache=kv_cache)
     model = skeleton(model_config(source), DTYPES[dtype])
     described = describe(model, StoredNames(model, source.tensors))
     plan = planner.plan(described.layers, described.slots)
     loader = _Loader(model, source, planner, plan, described, DTYPES[dtype], device, registry)
     methods = loader.run(progress)
-    return Engine(model, plan, source, methods)
+    coders = {described.attention[c.layer]: _coders(planner, c) for c in plan.caches}
+    quant_cache(model.config, coders)
+    return Engine(model, plan, source, methods, coders)
+
+
+def _coders(planner: Planner, cache: CacheDecision) -> Coders:
+    """The coders of keys and values of one layer, with the scales of the checkpoint."""
+    stored = {role: planner.source.read(name) for role, name in cache.scales.items()}
+    factors = dict(planner.format.decode_kv(stored)) if planner.format is not None else stored
+    if cache.unit_scale:
+        factors = {"k_scale": torch.ones(()), "v_scale": torch.ones(())}
+    for role in ("k_scale", "v_scale"):
+        if role in factors and not bool((factors[role].float() > 0).all() and factors[role].float().isfinite().all()):
+            raise CheckpointError(
+                f"{cache.scales[role]} holds {factors[role].float().flatten().tolist()[:4]}; positive finite scales are needed, so "
+                "calibrate the KV cache again, or load with kv_cache='16bit'"
+            )
+    keys, values = ((factors.get(f"{which}_scale"), factors.get(f"{which}_zero")) for which in "kv")
+    return CacheCoder(cache.scheme, *keys), CacheCoder(cache.scheme, *values)
 
 
 class _Loader:

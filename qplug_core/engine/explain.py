@@ -17,10 +17,12 @@ from .names import StoredNames
 from .skeleton import model_config, skeleton
 
 
-def explain_checkpoint(path: str, device: Device | None, tp: int, dtype: str, quantize: str | None) -> QuantPlan:
+def explain_checkpoint(
+    path: str, device: Device | None, tp: int, dtype: str, quantize: str | None, kv_cache: str | None = None
+) -> QuantPlan:
     """What ``load`` would do with ``path`` on ``device``, for rank 0 of ``tp``."""
     source = Source.open(path)
-    planner = Planner(source, device, dtype, quantize=quantize)
+    planner = Planner(source, device, dtype, quantize=quantize, kv_cache=kv_cache)
     model = skeleton(model_config(source), getattr(torch, dtype))
     described = describe(model, StoredNames(model, source.tensors))
     layers = described.layers if tp == 1 else [shard(layer, model, 0, tp) for layer in described.layers]
