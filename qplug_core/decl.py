@@ -41,7 +41,8 @@ class SchemePattern:
     ``g*`` or ``g32|g64|g128``, ``b*`` or ``b128x128``, joined by ``|``; left out means any. ``sym``, ``asym`` or ``sym|asym``;
     left out means symmetric. ``actorder`` and ``2:4`` are accepted only where written. Activations: ``a:token``,
     ``a:tensor``, ``a:g*``, with ``.static`` or ``.dynamic`` and ``.asym``, joined by ``|``; left out means per token, dynamic, symmetric.
-    ``rules=127|127.5`` lists the activation rules beside the common one. ``"*"`` alone is every scheme.
+    ``rules=127|127.5`` lists the activation rules beside the common one, ``rule=127.5`` the
+    only ones. ``"*"`` alone is every scheme.
     """
 
     text: str
@@ -77,8 +78,10 @@ class SchemePattern:
             wanted = [word for c in conditions if c.startswith("a:") for word in c[2:].split("|")] or ["token"]
             if not any(_act_matches(word, act) for word in wanted):
                 return f"activation scales {_describe_act(act)}"
-            rules = next((c[6:].split("|") for c in conditions if c.startswith("rules=")), [])
-            if act.rule and act.rule not in rules:
+            rules = next((["", *c[6:].split("|")] for c in conditions if c.startswith("rules=")), [""])
+            if act.dynamic is True:  # A stored scale follows no rule.
+                rules = next((c[5:].split("|") for c in conditions if c.startswith("rule=")), rules)
+            if act.rule not in rules:
                 return f"activation rule {act.rule}"
         return ""
 
@@ -105,7 +108,7 @@ def _read(text: str) -> tuple[list[str], list[str]]:
     base, *conditions = text.split()
     for condition in conditions:
         known = condition in ("sym", "asym", "sym|asym", "asym|sym", "actorder", "2:4")
-        if not (known or _GRANULARITY.match(condition) or condition.startswith(("a:", "rules="))):
+        if not (known or _GRANULARITY.match(condition) or condition.startswith(("a:", "rules=", "rule="))):
             raise SchemeError(f"condition {condition!r} of scheme pattern {text!r} is not understood")
     return _expand(base), conditions
 

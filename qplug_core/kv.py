@@ -75,7 +75,8 @@ def _claim_scales(layer: LayerSpec, fmt: CheckpointFormat | None, cover: Cover) 
             options = (names,) if isinstance(names, str) else names
             name = next((n for n in options if n in cover.tensors), None)
             if name is not None and role not in scales:
-                cover.claim(name, f"{layer.name} {role}")
+                if name not in scales.values():  # AutoFP8 stores one scale for keys and values.
+                    cover.claim(name, f"{layer.name} {role}")
                 scales[role] = name
     return scales
 

@@ -23,6 +23,7 @@ from .method import plain_name
 from .plan import Decision, QuantPlan, Segment
 from .quantizer import online_scheme
 from .registry import Entry, Registry, get_registry
+from .repository import open_headers
 from .resolve import Policy, Resolver
 from .scheme import QuantScheme, TensorQuant
 from .source import Source
@@ -39,7 +40,7 @@ def read_config(source: Source, registry: Registry) -> tuple[QuantizationConfig,
     declared = source.quant_config
     entries: list[Entry[FormatDecl] | Entry[ConfigDecl]] = [*registry.formats, *registry.configs]
     claimed = [e for e in entries if any(file in source.files for file in e.decl.files)]
-    if declared is not None and (method := str(declared.get("quant_method") or "").lower()):
+    if declared is not None and (method := _method(declared)):
         chosen: FormatDecl | ConfigDecl = registry.format_for_method(method).decl
     elif claimed:
         chosen = claimed[0].decl
@@ -52,6 +53,12 @@ def read_config(source: Source, registry: Registry) -> tuple[QuantizationConfig,
         return QuantizationConfig("", []), None
     loaded = registry.load(chosen)
     return loaded.parse(source), loaded if isinstance(loaded, CheckpointFormat) else None
+
+
+def _method(declared: dict[str, Any]) -> str:
+    """The quantization method that a config names; FastDeploy's key is ``quantization``."""
+    named = declared.get("quant_method") or declared.get("quantization")
+    return named.lower() if isinstance(named, str) else ""
 
 
 class Planner:
@@ -312,11 +319,12 @@ def plan(
     complete
         The layers and slots are the whole model; default: True where slots are given.
     """
-    source = checkpoint if isinstance(checkpoint, Source) else None
-    if isinstance(checkpoint, dict):
+    if isinstance(checkpoint, Source):
+        source = checkpoint
+    elif isinstance(checkpoint, dict):
         source = assumed_source(checkpoint)
-    elif source is None:
-        source = Source.open(str(checkpoint))
+    else:
+        source = open_headers(checkpoint)
     target = Device.from_name(device) if isinstance(device, str) else device
     assumed = isinstance(checkpoint, dict)
     planner = Planner(source, target, dtype, policy, quantize, registry, assumed, kv_cache)

@@ -23,7 +23,7 @@ def schemes_of(patterns: tuple[str, ...]) -> list[QuantScheme]:
         bases, conditions = pattern.parts()
         for base in bases:
             act = QuantScheme.parse(base).act is not None
-            options = [_words(c) for c in conditions if act or not c.startswith(("a:", "rules="))]
+            options = [_words(c) for c in conditions if act or not c.startswith(("a:", "rules=", "rule="))]
             for name in _products(base, options):
                 try:
                     scheme = QuantScheme.parse(name)
@@ -36,6 +36,8 @@ def schemes_of(patterns: tuple[str, ...]) -> list[QuantScheme]:
 
 def _words(condition: str) -> list[str]:
     """The alternatives of one condition, as suffixes of a scheme name."""
+    if condition.startswith("rule="):
+        return ["", *(f"a:rule={word}" for word in condition[5:].split("|"))]
     kind, _, text = condition.rpartition("=" if condition.startswith("rules=") else ":")
     if kind == "rules":
         return ["", *(f"a:rule={word}" for word in text.split("|"))]

@@ -66,6 +66,7 @@ class TensorQuant:
     rule
         How a scale is computed where producers differ, ``""`` for the common rule. Integer activations:
         ``"127"`` or ``"127.5"`` is the divisor of amax. MX: ``"ct"``, ``"floor"`` or ``"ceil"`` chooses the exponent.
+        FP8 activations: ``"ub1200"`` bounds amax from above (FBGEMM).
         Another rule is another function, so a kernel must name the rules that it implements.
     outlier
         Activation columns whose magnitude exceeds this stay 16 bit (LLM.int8); 0 means none.
@@ -203,6 +204,10 @@ def _weight_part(word: str) -> TensorQuant | None:
     return TensorQuant(f"int{bits}", (1, 0) if bits == 8 else (1, 128))
 
 
+_SPARSE_16 = TensorQuant("fp16", (0, 0))
+"""Weights of 16 bit of which some are zero: they have no scales."""
+
+
 def _act_part(word: str | None) -> TensorQuant | None:
     match word:
         case None | "16":
@@ -312,6 +317,8 @@ def _parse(text: str) -> QuantScheme:
                 raise SchemeError(f"{suffix!r} says something of a tensor that is 16 bit here")
         except SchemeError as error:
             raise SchemeError(f"scheme {text!r}: {error}") from None
+    if weight is None and sparsity:
+        weight = _SPARSE_16
     return QuantScheme(weight, act, kv, act_order, sparsity)  # type: ignore[arg-type]
 
 
@@ -368,7 +375,7 @@ def _print(scheme: QuantScheme) -> str:
         name += f"C{_weight_word(scheme.kv)}"
     words: list[str] = []
     if scheme.weight is not None:
-        default = _weight_part(weight_word.lower())
+        default: TensorQuant | None = _weight_part(weight_word.lower()) or _SPARSE_16
         assert default is not None
         rows, columns = scheme.weight.block
         if scheme.weight.block == default.block and rows == 1 and columns and default.dtype.startswith("int"):

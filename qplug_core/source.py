@@ -80,7 +80,7 @@ class Source:
         config = _read_json(folder / "config.json") if (folder / "config.json").exists() else {}
         files: dict[str, Any] = {n: _read_json(folder / n) for n in CONFIG_FILES if (folder / n).exists()}
         files.update({n: {} for n in FLAG_FILES if (folder / n).exists()})
-        quant_config, origin = _find_quant_config(config, files)
+        quant_config, origin = find_quant_config(config, files)
         tensors: dict[str, TensorInfo] = {}
         metadata: dict[str, str] = {}
         for file in _weight_files(path):
@@ -240,7 +240,8 @@ def _indexed_files(index: Path) -> list[Path]:
     return files
 
 
-def _find_quant_config(config: dict[str, Any], files: Mapping[str, Any]) -> tuple[dict[str, Any] | None, str]:
+def find_quant_config(config: dict[str, Any], files: Mapping[str, Any]) -> tuple[dict[str, Any] | None, str]:
+    """The quantization config of a checkpoint and where it was found: in config.json, else in a file beside it."""
     places = [("config.json", config), ("config.json text_config", config.get("text_config") or {})]
     for place, holder in places:
         for key in ("quantization_config", "compression_config"):

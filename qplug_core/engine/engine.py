@@ -21,6 +21,7 @@ from ..plan import CacheDecision, Decision, QuantPlan
 from ..planner import Planner
 from ..reference.kv_cache import CacheCoder
 from ..registry import Registry, get_registry
+from ..repository import local_folder
 from ..resolve import Policy
 from ..scheme import QuantScheme
 from ..source import Source
@@ -235,7 +236,7 @@ def load(
     progress: bool = False,
     registry: Registry | None = None,
 ) -> Engine:
-    """Load a checkpoint into the reference engine.
+    """Load a checkpoint into the reference engine: a folder, or ``owner/name[@revision]`` of the Hugging Face Hub.
 
     device
         Where it runs: ``cpu`` or a torch device.
@@ -252,7 +253,7 @@ def load(
     """
     if dtype not in DTYPES:
         raise UsageError(f"dtype {dtype!r} was given; {', '.join(DTYPES)} are known")
-    source = Source.open(path)
+    source = Source.open(local_folder(path))
     registry = registry or get_registry()
     target = Device.current() if device != "cpu" else Device.cpu()
     policy = Policy(kernels, dict(pin or {}), frozenset(forbid), activations)

@@ -37,7 +37,10 @@ class QuantActivation:
         k = self.codes.shape[1]
         if self.zeros is not None:
             values = values - _columns(self.zeros, self.act, k).to(dtype)
-        factor = self.factor if self.factor is not None else decode_scales(self.scales, self.act.scale_dtype)
+        if self.factor is not None:
+            # Two-level scales are float32, and so is a product with them, also where x is not.
+            return (values.float() * _columns(self.factor, self.act, k)).to(dtype)
+        factor = decode_scales(self.scales, self.act.scale_dtype)
         return values * _columns(factor, self.act, k).to(dtype)
 
 
@@ -52,7 +55,8 @@ def quantize_activation(
 
     ``scale``: the stored scale of a static or two-level scheme, a divisor if ``divide``. ``zero``: its zero point.
     Integers, symmetric: scale = amax / 127 (``rule="127.5"``: amax / 127.5), codes round to even and clamp to
-    [-127, 127] ([-128, 127]). Asymmetric: the range includes 0, scale = (max - min) / 255, zero = round(-128 - min / scale). Floats: amax / largest.
+    [-127, 127] ([-128, 127]). Asymmetric: the range includes 0, scale = (max - min) / 255, zero = round(-128 - min / scale). Floats: amax / largest
+    (``rule="ub1200"``: amax is taken as at most 1200, and what lies above saturates).
     """
     blocks = _blocks(x, act)
     if act.dtype.startswith("int"):
@@ -91,13 +95,16 @@ def _floats(x: Tensor, blocks: Tensor, act: TensorQuant, scale: Tensor | None, d
     elif act.scale_dtype == "e4m3":
         assert scale is not None, "a two-level scheme without its stored global scale reached a kernel"
         outer = scale.float().reshape(1, 1)
-        inner = blocks.abs().amax(-1).float() / largest
+        inner = (blocks.abs().amax(-1) / largest).float()
         inner = inner * outer if divide else inner / outer
         scales = inner.clamp(2.0**-9, 448.0).to(torch.float8_e4m3fn)
         factor = scales.float() / outer if divide else scales.float() * outer
-        divisor = factor.to(x.dtype)
+        divisor = factor
     elif act.dynamic:
-        scales = blocks.abs().amax(-1) / largest
+        amax = blocks.abs().amax(-1)
+        if act.rule.startswith("ub"):
+            amax = amax.clamp(max=float(act.rule[2:]))
+        scales = amax / largest
         divisor = _nonzero(scales)
     else:
         assert scale is not None, "a static scheme without its stored scale reached a kernel"

@@ -40,7 +40,7 @@ class FormatConformance(Conformance):
         stored_first = False
         for i, (n, k) in enumerate(SHAPES):
             for zeros in _zero_ranges(format_case.scheme):
-                weight = _weight(format_case.scheme, n, k, seed=i, zeros=zeros, scale_dtype=SCALE_DTYPES[i % 3])
+                weight = _weight(format_case, n, k, seed=i, zeros=zeros, scale_dtype=SCALE_DTYPES[i % 3])
                 for quant, tensors in _stored(format_case, fmt, weight):
                     stored_first |= i == 0
                     _check_declared(fmt, quant, tensors, n, k)
@@ -62,7 +62,7 @@ class FormatConformance(Conformance):
         """``quant_for_scheme`` names a declared layout that holds the weight, or says that none does."""
         fmt: CheckpointFormat = load(format_case.decl.impl)
         for i, zeros in enumerate(_zero_ranges(format_case.scheme)):
-            weight = _weight(format_case.scheme, *SHAPES[0], seed=1, zeros=zeros)
+            weight = _weight(format_case, *SHAPES[0], seed=1, zeros=zeros)
             try:
                 quant = fmt.quant_for_scheme(weight)
             except CannotEncode:
@@ -79,7 +79,7 @@ class FormatConformance(Conformance):
         fmt: CheckpointFormat = load(format_case.decl.impl)
         n, k = SHAPES[0]
         for zeros in _zero_ranges(format_case.scheme)[:1]:
-            weight = _weight(format_case.scheme, n, k, seed=2, zeros=zeros)
+            weight = _weight(format_case, n, k, seed=2, zeros=zeros)
             whole = weight.dequantize()
             for quant, tensors in _stored(format_case, fmt, weight):
                 source = MemorySource(_named(fmt, quant, tensors))
@@ -96,7 +96,7 @@ class FormatConformance(Conformance):
         """Fusing qkv or gate_up after decode equals stacking the dequantized parts."""
         fmt: CheckpointFormat = load(format_case.decl.impl)
         zeros = _zero_ranges(format_case.scheme)[0]
-        weights = [_weight(format_case.scheme, n, 512, n, zeros=zeros) for n in (256, 128, 64)]
+        weights = [_weight(format_case, n, 512, n, zeros=zeros) for n in (256, 128, 64)]
         parts = [_through(fmt, _with_shared_inputs(weight, weights[0])) for weight in weights]
         fused = concat(parts)
         assert torch.equal(fused.dequantize(), torch.cat([part.dequantize() for part in parts]))
@@ -105,14 +105,14 @@ class FormatConformance(Conformance):
         """Stacking experts after decode equals stacking them dequantized."""
         fmt: CheckpointFormat = load(format_case.decl.impl)
         zeros = _zero_ranges(format_case.scheme)[0]
-        experts = [_through(fmt, _weight(format_case.scheme, 128, 256, seed, zeros=zeros)) for seed in (4, 5, 6)]
+        experts = [_through(fmt, _weight(format_case, 128, 256, seed, zeros=zeros)) for seed in (4, 5, 6)]
         assert torch.equal(stack(experts).dequantize(), torch.stack([expert.dequantize() for expert in experts]))
 
     def test_config_says_what_was_written(self, format_case: FormatCase) -> None:
         """``parse`` of the config that was written gives every layer its quantization back, and 16 bit where that was "
         "said."""
         fmt: CheckpointFormat = load(format_case.decl.impl)
-        weight = _weight(format_case.scheme, *SHAPES[0], seed=7, zeros=_zero_ranges(format_case.scheme)[0])
+        weight = _weight(format_case, *SHAPES[0], seed=7, zeros=_zero_ranges(format_case.scheme)[0])
         quant = fmt.quant_for_scheme(weight)
         layers = {MODULE: quant, "model.layers.1.mlp.up_proj": quant, "model.layers.1.mlp.down_proj": None, "lm_head": None}
         written = fmt.quantization_config(layers)
@@ -126,7 +126,7 @@ class FormatConformance(Conformance):
     def test_unknown_key_is_refused(self, format_case: FormatCase) -> None:
         """A key that may change the numbers and is not understood is an error that names it."""
         fmt: CheckpointFormat = load(format_case.decl.impl)
-        weight = _weight(format_case.scheme, *SHAPES[0], seed=7, zeros=_zero_ranges(format_case.scheme)[0])
+        weight = _weight(format_case, *SHAPES[0], seed=7, zeros=_zero_ranges(format_case.scheme)[0])
         quant = fmt.quant_for_scheme(weight)
         written = {**fmt.quantization_config({MODULE: quant}), "no_such_numerics": 3}
         with pytest.raises(ConfigError, match="no_such_numerics"):
@@ -143,8 +143,18 @@ def _zero_ranges(scheme: QuantScheme) -> list[tuple[int, int] | None]:
     return [(1, top - 1), (0, top - 1), (1, top)]
 
 
-def _weight(scheme: QuantScheme, n: int, k: int, seed: int, **options: Any) -> QuantWeight:
-    return random_weight(scheme, n, k, torch.Generator().manual_seed(seed), **options)
+def _weight(case: FormatCase, n: int, k: int, seed: int, **options: Any) -> QuantWeight:
+    """A random weight. Its second-level scales multiply, or divide where the format stores divisors, as it says by refusing."""
+    scheme = case.scheme
+    weight = random_weight(scheme, n, k, torch.Generator().manual_seed(seed), **options)
+    local = scheme.act is not None and scheme.act.dynamic == "local"
+    if weight.global_scale is None and not local:
+        return weight
+    try:
+        load(case.decl.impl).quant_for_scheme(weight)
+    except CannotEncode:
+        return replace(weight, global_div=weight.global_scale is not None, act_div=local)
+    return weight
 
 
 def _stored(case: FormatCase, fmt: CheckpointFormat, weight: QuantWeight) -> Iterator[tuple[LayerQuant, dict[str, Tensor]]]:
