@@ -87,6 +87,12 @@ class QuantizationConfig:
                 return rule.quant
         return None
 
+    def count_plain(self, module: ModuleName) -> None:
+        """Count the rules that leave ``module``, which is no layer (a router, a norm), at 16 bit: they are not stale."""
+        for rule in self.rules:
+            if rule.quant is None and not rule.matcher.hits and rule.matcher.matches(module):
+                rule.matcher.hits += 1
+
     def scheme_for(self, layer: LayerSpec) -> QuantScheme | None:
         """The scheme of a layer, or None for 16 bit."""
         quant = self.quant_for(module_name(layer))

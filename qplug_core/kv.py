@@ -47,6 +47,8 @@ def plan_caches(
     found = [_claim_scales(layer, fmt, cover) for layer in specs]
     own = config.kv
     for scales in found:
+        if len(scales.keys() & {"k_scale", "v_scale"}) == 1:
+            cover.mistake(f"{next(iter(scales.values()))} is a KV-cache scale and the one of the other half is not stored")
         if scales and own is None and wanted is None:
             cover.mistake(f"{next(iter(scales.values()))} is a KV-cache scale and the config names no KV-cache scheme")
     if own is not None and not specs:

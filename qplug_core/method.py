@@ -251,10 +251,6 @@ def decode_part(
         tensors[tensor.name] = source.read(tensor.full_name(part.name), index)
     weight = fmt.decode(tensors, quant, window.n1 - window.n0, window.k1 - window.k0)
     cut = ((n0 - window.n0, n1 - window.n0), (k0 - window.k0, k1 - window.k0))
-    if isinstance(weight, OpaqueWeight):
-        if cut != ((0, weight.n), (0, weight.k)):
-            raise SplitRequired(f"{part.name} is encoded as {weight.encoding}, which cannot be cut; load it on one rank")
-        return weight
     return weight.narrow(*cut)
 
 

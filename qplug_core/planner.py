@@ -38,6 +38,7 @@ def read_config(source: Source, registry: Registry) -> tuple[QuantizationConfig,
     :raises ConfigError: where no installed format reads it.
     """
     declared = source.quant_config
+    _check_files(source, registry)
     entries: list[Entry[FormatDecl] | Entry[ConfigDecl]] = [*registry.formats, *registry.configs]
     claimed = [e for e in entries if any(file in source.files for file in e.decl.files)]
     if declared is not None and (method := _method(declared)):
@@ -59,6 +60,20 @@ def _method(declared: dict[str, Any]) -> str:
     """The quantization method that a config names; FastDeploy's key is ``quantization``."""
     named = declared.get("quant_method") or declared.get("quantization")
     return named.lower() if isinstance(named, str) else ""
+
+
+def _check_files(source: Source, registry: Registry) -> None:
+    """Refuse a config file of another tool beside a config: one of the two is a leftover, and nothing says which."""
+    said = str((source.quant_config or {}).get("quant_method") or "").lower()
+    for name, content in source.files.items():
+        entries: list[Entry[FormatDecl] | Entry[ConfigDecl]] = [*registry.formats, *registry.configs]
+        owners = [entry.decl for entry in entries if name in entry.decl.files]
+        own = str(content.get("quant_method") or "").lower()
+        if said and content and owners and own != said and all(said not in decl.detects for decl in owners):
+            raise ConfigError(
+                f"{source.quant_config_from} says quant_method {said!r} and {name} is a file of {owners[0].name}; one of them is a "
+                "leftover, so remove the one that the weights were not made with"
+            )
 
 
 class Planner:
@@ -186,7 +201,7 @@ class Planner:
         if quant is not None and layer.op == "embedding" and not self._has(part, quant):
             quant = None
         plain = plain_name(self.source, part)
-        if quant is not None and not self._has(part, quant) and self._is_float(plain):
+        if quant is not None and self._is_float(plain) and not self._holds_more(part, quant, plain):
             notes.append(
                 "the config says quantized and the file holds 16 bit; the file is right, because nothing else is stored for it"
             )
@@ -203,6 +218,11 @@ class Planner:
         required = [t for t in self.layout(quant.layout).tensors(quant) if not t.optional]
         found = [self.source.tensors.get(t.full_name(part.name)) for t in required]
         return all(info is not None and info.dtype in t.dtypes for info, t in zip(found, required, strict=True))
+
+    def _holds_more(self, part: StoredPart, quant: LayerQuant, plain: str) -> bool:
+        """True where more than a 16-bit weight is stored: then the layer was meant to be quantized, and has to be whole."""
+        names = [t.full_name(part.name) for t in self.layout(quant.layout).tensors(quant)]
+        return any(name in self.source.tensors for name in names if name != plain) or self._has(part, quant)
 
     def _is_float(self, name: str) -> bool:
         info = self.source.tensors.get(name)
@@ -256,6 +276,9 @@ class Planner:
         return Segment(parts, quant, online, self.resolver.choose(problem, layer.name), weight_only)
 
     def _fill(self, slot: PlainSlot) -> None:
+        for name in slot.names:
+            # Routers and norms are plain parameters, and rules that name them are not stale.
+            self.config.count_plain(ModuleName((name.removesuffix(".weight"),), "Parameter"))
         for names in (*((name,) for name in slot.names), *slot.pieces):
             if all(name in self.source.tensors for name in names):
                 self._claim_slot(slot, names)

@@ -57,7 +57,8 @@ def open_headers(path: str | Path) -> Source:
             files[file] = _json(str(path), functools.partial(api.hf_hub_download, name, file, revision=revision))
     config = files.pop("config.json", {})
     found = _ask(str(path), lambda: api.get_safetensors_metadata(name, revision=revision))
-    tensors, metadata = {}, {}
+    tensors: dict[str, TensorInfo] = {}
+    metadata: dict[str, str] = {}
     for file, header in found.files_metadata.items():
         metadata.update(header.metadata or {})
         for tensor, info in header.tensors.items():
@@ -98,7 +99,7 @@ def _json(repository: str, download: Callable[[], str]) -> dict[str, Any]:
 
 def _ask(repository: str, question: Callable[[], Result]) -> Result:
     """The answer of the hub, with every way of failing as one sentence."""
-    from huggingface_hub.errors import GatedRepoError, HTTPError, RepositoryNotFoundError, RevisionNotFoundError  # type: ignore[attr-defined]
+    from huggingface_hub.errors import GatedRepoError, HTTPError, RepositoryNotFoundError, RevisionNotFoundError
     from huggingface_hub.utils import disable_progress_bars
 
     if not sys.stderr.isatty():

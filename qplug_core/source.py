@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 ITEM_BYTES = {
     "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4, "U16": 2, "U8": 1,
-    "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1,
+    "BOOL": 1, "F8_E4M3": 1, "F8_E4M3FNUZ": 1, "F8_E5M2": 1, "F8_E8M0": 1,
 }  # fmt: skip
 """Bytes of one element by safetensors dtype name."""
 
@@ -141,6 +141,7 @@ def _view(torch: Any, mapped: mmap.mmap, info: TensorInfo) -> Any:
         "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
         "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U64": torch.uint64, "U32": torch.uint32,
         "U16": torch.uint16, "U8": torch.uint8, "BOOL": torch.bool, "F8_E4M3": torch.float8_e4m3fn,
+        "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
         "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.uint8,
     }  # fmt: skip
     dtype = dtypes[info.dtype]
@@ -294,6 +295,6 @@ def _dtype_name(tensor: Tensor) -> str:
     names = {
         "float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16", "int64": "I64", "int32": "I32",
         "int16": "I16", "int8": "I8", "uint64": "U64", "uint32": "U32", "uint16": "U16", "uint8": "U8", "bool": "BOOL",
-        "float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2", "float8_e8m0fnu": "F8_E8M0",
+        "float8_e4m3fn": "F8_E4M3", "float8_e4m3fnuz": "F8_E4M3FNUZ", "float8_e5m2": "F8_E5M2", "float8_e8m0fnu": "F8_E8M0",
     }  # fmt: skip
     return names[str(tensor.dtype).removeprefix("torch.")]

@@ -272,6 +272,20 @@ class OpaqueWeight:
         """float32 rows ``[*rows, K]``."""
         return self.dequantize()[rows]
 
+    def narrow(self, n: tuple[int, int], k: tuple[int, int]) -> OpaqueWeight:
+        """The window of rows ``n`` and columns ``k`` (half open). The bytes stay whole, so kernels see another encoding."""
+        if (n, k) == ((0, self.n), (0, self.k)):
+            return self
+        height, width, decoder = self.n, self.k, self.decoder
+
+        def window(stored: dict[str, Tensor], rows: int, columns: int) -> Tensor:
+            return decoder(stored, height, width)[n[0] : n[0] + rows, k[0] : k[0] + columns]
+
+        held = {name: getattr(self, name) for name in ("group_index", "pre_scale", "act_shift")}
+        cut = {name: value[..., slice(*k)] for name, value in held.items() if value is not None}
+        shape = {"n": n[1] - n[0], "k": k[1] - k[0]}
+        return replace(self, encoding=f"{self.encoding}:window", decoder=window, **shape, **cut)
+
     def to(self, device: torch.device | str) -> OpaqueWeight:
         """The same weight on another device."""
         return replace(self, stored={name: t.to(device) for name, t in self.stored.items()})

@@ -36,6 +36,8 @@ class CacheCoder:
     zero: Tensor | None = None
 
     def __post_init__(self) -> None:
+        if self.kv.rule not in ("", "amax"):
+            raise SchemeError(f"a KV cache by the rule {self.kv.rule!r} was asked for; amax (stored magnitudes) or none is known")
         if not self.kv.dynamic and self.scale is None:
             raise SchemeError(
                 "a KV cache with static scales was asked for without any; the checkpoint must hold k_scale and v_scale"
@@ -51,7 +53,7 @@ class CacheCoder:
     def encode(self, x: Tensor) -> Tensor:
         """``x [B, H, T, D]`` as bytes uint8 ``[B, H, T, width(D)]``: codes, then scales, then zero points."""
         if not self.kv.dynamic:
-            return self._pack(self._quantize(x, *self._stored(x.dtype, x.device)))
+            return self._pack(self._quantize(x, *self._stored(x.dtype, x.device, x.shape[-1])))
         scales, zeros = self._computed(x.float())
         depth = x.shape[-1]
         codes = self._quantize(x.float(), self._spread(self._factor(scales), depth), self._spread(zeros, depth))
@@ -65,7 +67,7 @@ class CacheCoder:
         count = -(-depth * self.kv.bits // 8)
         codes = self._unpack(data[..., :count], depth)
         if not self.kv.dynamic:
-            scale, zero = self._stored(dtype, data.device)
+            scale, zero = self._stored(dtype, data.device, depth)
             values = codes.to(dtype)
             return ((values if zero is None else values - zero) * scale).to(dtype)
         groups = self._groups(depth)
@@ -86,7 +88,7 @@ class CacheCoder:
     def _group_bytes(self) -> int:
         return (1 if self.kv.scale_dtype == "e4m3" else 4) + (0 if self.kv.symmetric else 1)
 
-    def _stored(self, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor | None]:
+    def _stored(self, dtype: torch.dtype, device: torch.device, depth: int) -> tuple[Tensor, Tensor | None]:
         def shaped(value: Tensor | None) -> Tensor | None:
             if value is None:
                 return None
@@ -94,10 +96,12 @@ class CacheCoder:
             if value.numel() == 1:
                 return value.reshape(())
             # Heads, or channels of heads: [H] and [H, D] stand before and beside the token axis.
-            return value.reshape(value.shape[0], 1, -1)
+            return value.reshape(value.numel() // depth if self.kv.block[1] else value.shape[0], 1, -1)
 
         scale = shaped(self.scale)
         assert scale is not None
+        if self.kv.rule == "amax":
+            scale = scale / NUMBER_TYPES[self.kv.dtype].largest
         return scale, shaped(self.zero)
 
     def _factor(self, scales: Tensor) -> Tensor:

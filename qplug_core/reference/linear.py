@@ -49,9 +49,7 @@ class ReferenceLinear(Kernel):
         act = weight.scheme.act
         if act is not None:
             flat = quantize_dequantize(flat, weight)
-        y = _product(flat, weight)
-        if bias is not None:
-            y = y + bias.to(y.dtype)
+        y = _product(flat, weight, bias)
         return y.view(*x.shape[:-1], weight.n)
 
 
@@ -69,13 +67,16 @@ def quantize_dequantize(x: Tensor, weight: QuantWeight | OpaqueWeight) -> Tensor
     return values
 
 
-def _product(x: Tensor, weight: QuantWeight | OpaqueWeight) -> Tensor:
+def _product(x: Tensor, weight: QuantWeight | OpaqueWeight, bias: Tensor | None) -> Tensor:
+    """The bias is added before the one rounding to 16 bit, as every producer's forward does."""
+    bias = None if bias is None else bias.to(x.dtype)
     if isinstance(weight, OpaqueWeight) or weight.n <= ROW_CHUNK:
-        return torch.nn.functional.linear(x, weight.dequantize(x.dtype))
+        return torch.nn.functional.linear(x, weight.dequantize(x.dtype), bias)
     pieces = []
     for start in range(0, weight.n, ROW_CHUNK):
-        rows = weight.narrow(n=(start, min(start + ROW_CHUNK, weight.n)))
-        pieces.append(torch.nn.functional.linear(x, rows.dequantize(x.dtype)))
+        stop = min(start + ROW_CHUNK, weight.n)
+        rows = weight.narrow(n=(start, stop)).dequantize(x.dtype)
+        pieces.append(torch.nn.functional.linear(x, rows, None if bias is None else bias[start:stop]))
     return torch.cat(pieces, dim=-1)
 
 

@@ -47,7 +47,8 @@ def random_weight(
     codes = _codes(part.dtype, part.symmetric, (n, k), generator)
     if scheme.sparsity:
         # Two of every four columns are zero; every number type has its zero as a byte of zeros.
-        codes.view(torch.uint8)[:, torch.arange(k) % 4 >= 2] = 0
+        bits = torch.int16 if codes.itemsize == 2 else torch.uint8
+        codes.view(bits)[:, torch.arange(k) % 4 >= 2] = 0
     act = scheme.act
     act_scale = act_zero = None
     if act is not None and act.dynamic is not True:
