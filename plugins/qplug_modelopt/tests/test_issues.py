@@ -208,7 +208,7 @@ def test_vllm_11790_pattern_that_means_no_module_is_reported() -> None:
 def test_vllm_47241_16_bit_weight_under_a_quantized_name_is_refused() -> None:
     """bf16 was copied into FP8 parameters, because shapes matched."""
     tensors = {**stored("FP8", Q), f"{Q}.weight": torch.ones(N, K, dtype=torch.bfloat16)}
-    with pytest.raises(CoverError, match="weight_scale"):
+    with pytest.raises(CoverError, match="is BF16 where"):
         planned(config("FP8"), tensors, Q)
 
 

@@ -1,0 +1,1 @@
+"""Kernels of qplug-awq, one file for each backend and scheme."""
