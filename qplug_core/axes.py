@@ -3,7 +3,7 @@
 An axis is written as it is said: ``"N"``, ``"K/8"`` (one stored element for 8 logical), ``"3*K/32"`` (three for 32;
 numerator and denominator are kept as written, because a unit of 32 cannot be cut at 16), ``"ceil(K/128)"`` (a ragged
 end is allowed), ``"8*ceil(K/1024)"`` (eight for every unit of 1024 that is begun: padded), ``"N*K/2"`` (flattened
-row-major), ``"E"``, or a plain number.
+row-major), ``"E"``, a plain number, or ``"?"`` (any length: text, which says its own).
 """
 
 from __future__ import annotations
@@ -35,18 +35,22 @@ class Axis:
         """
         if text.isdigit():
             return cls("", int(text))
+        if text == "?":
+            return cls("?")
         if padded := _PADDED.match(text):
             return cls(padded[2], int(padded[1]), int(padded[3]), ceil=True, padded=True)
         ragged = text.startswith("ceil(") and text.endswith(")")
         found = _AXIS.match(text[5:-1] if ragged else text)
         if not found:
-            raise ValueError(f"{text!r} is not an axis; write N, K/8, 3*K/32, ceil(K/128), N*K/2, E or a number")
+            raise ValueError(f"{text!r} is not an axis; write N, K/8, 3*K/32, ceil(K/128), N*K/2, E, ? or a number")
         return cls(found["var"], int(found["num"] or 1), int(found["den"] or 1), ragged)
 
     def length(self, sizes: Mapping[str, int]) -> int | None:
         """Stored length for logical ``sizes`` of N, K and E; None where they do not divide and the axis is not ragged."""
         if not self.var:
             return self.num
+        if self.var == "?":
+            return None
         if self.var == "E" and "E" not in sizes:
             return None  # One matrix was asked for, and this is the shape of a stack.
         logical = sizes["N"] * sizes["K"] if self.var == "N*K" else sizes[self.var]
@@ -104,7 +108,8 @@ class StoredTensor:
         """The declared axes that give ``shape``, or None."""
         for names in (self.axes, *self.alt):
             axes = tuple(Axis.parse(a) for a in names)
-            if tuple(a.length(sizes) for a in axes) == shape:
+            lengths = [shape[i] if a.var == "?" and i < len(shape) else a.length(sizes) for i, a in enumerate(axes)]
+            if tuple(lengths) == shape:
                 return axes
         return None
 

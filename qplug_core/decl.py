@@ -40,7 +40,8 @@ class SchemePattern:
     First the base with braces for alternatives; then conditions. Granularity of the weight: ``tensor``, ``channel``,
     ``g*`` or ``g32|g64|g128``, ``b*`` or ``b128x128``, joined by ``|``; left out means any. ``sym``, ``asym`` or ``sym|asym``;
     left out means symmetric. ``actorder`` and ``2:4`` are accepted only where written. Activations: ``a:token``,
-    ``a:tensor``, ``a:g*``, with ``.static`` or ``.dynamic`` and ``.asym``, joined by ``|``; left out means per token, dynamic, symmetric.
+    ``a:tensor``, ``a:g*``, with ``.static`` or ``.dynamic``, ``.asym`` and ``.outlier`` (any threshold), joined by ``|``;
+    left out means per token, dynamic, symmetric.
     ``rules=127|127.5`` lists the activation rules beside the common one, ``rule=127.5`` the
     only ones. ``"*"`` alone is every scheme.
     """
@@ -155,7 +156,8 @@ def _act_matches(word: str, act: TensorQuant) -> bool:
     dynamic = "static" not in flags
     if "local" in flags:
         return act.dynamic == "local"
-    return bool(act.dynamic) == dynamic and act.symmetric == ("asym" not in flags) and not act.outlier
+    signs = act.symmetric == ("asym" not in flags)
+    return bool(act.dynamic) == dynamic and signs and bool(act.outlier) == ("outlier" in flags)
 
 
 @dataclass(frozen=True)
@@ -168,6 +170,8 @@ class FormatDecl:
         Values of ``quant_method`` that this format claims, lower case.
     files
         Files beside the weights whose presence claims a checkpoint without ``quant_method`` (``smoothquant.ini``).
+    opens
+        Suffixes of weight files that core cannot read and this format opens itself: ``.gguf``.
     layouts
         Storage variants that its decoder knows; other formats may use them by name.
     schemes
@@ -184,6 +188,7 @@ class FormatDecl:
     impl: str
     detects: tuple[str, ...] = ()
     files: tuple[str, ...] = ()
+    opens: tuple[str, ...] = ()
     layouts: tuple[str, ...] = ()
     schemes: tuple[str, ...] = ()
     ops: tuple[Op, ...] = ("linear",)

@@ -10,6 +10,8 @@ from .axes import StoredTensor
 from .config import LayerQuant, QuantizationConfig
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from torch import Tensor
 
     from .source import Source
@@ -42,6 +44,15 @@ class CheckpointFormat(ABC):
 
         :raises DecodeError: where values contradict the config.
         """
+
+    def open(self, path: Path) -> Source:
+        """A checkpoint in files of one of the declared suffixes ``opens``: a file, or a folder with no other weights.
+
+        What comes back names tensors as the model's own library does, and ``quant_config`` says all that ``parse`` needs.
+
+        :raises CheckpointError: for a missing, truncated or contradictory file.
+        """
+        raise NotImplementedError(f"{self.name} opens no files of its own")
 
     def encode(self, weight: QuantWeight, quant: LayerQuant) -> dict[str, Tensor]:
         """Stored tensors of a weight; ``decode`` of them is the weight, bit for bit.

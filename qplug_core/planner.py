@@ -5,10 +5,12 @@ from __future__ import annotations
 import bisect
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
+from .aliases import online_schemes
 from .axes import FLOATS
 from .config import LayerQuant, ModuleName, QuantizationConfig
 from .cover import Cover
@@ -23,12 +25,11 @@ from .method import plain_name
 from .plan import Decision, QuantPlan, Segment
 from .quantizer import online_scheme
 from .registry import Entry, Registry, get_registry
-from .repository import open_headers
+from .repository import open_checkpoint
 from .resolve import Policy, Resolver
 from .scheme import QuantScheme, TensorQuant
 from .source import Source
 
-ONLINE_OPS = ("linear", "experts")
 ROTARY = {"rotary_emb.inv_freq": "a buffer that every model computes itself"}
 
 
@@ -99,14 +100,17 @@ class Planner:
         self.policy = policy or Policy()
         self.resolver = Resolver(self.registry, self.device, self.policy)
         self.config, self.format = read_config(source, self.registry)
-        self.online = QuantScheme.parse(quantize) if isinstance(quantize, str) else quantize
+        online, self._meaning = online_schemes(quantize)
+        if kv_cache is None:
+            kv_cache = next((scheme.kv for scheme in online.values() if scheme.kv is not None), None)
+        self.online = {op: replace(scheme, kv=None) for op, scheme in online.items() if scheme.weight is not None}
         self.kv_wanted = kv_cache if isinstance(kv_cache, TensorQuant) else kv_scheme(kv_cache)
         self.cover = Cover(source.tensors)
         self._names = sorted(source.tensors)
         self._formats: dict[str, CheckpointFormat] = {}
-        if self.online is not None and self.format is not None:
+        if self.online and self.format is not None:
             raise UsageError(
-                f"{source.path} is {self.config.method} already and quantize={self.online} was asked for; load it as it is, or start "
+                f"{source.path} is {self.config.method} already and quantize={quantize} was asked for; load it as it is, or start "
                 "from the 16-bit checkpoint"
             )
 
@@ -133,11 +137,11 @@ class Planner:
             self.cover.check({**ROTARY, **self.config.ignorable}, complete)
         except CoverError as error:
             raise CoverError(f"{self.source.path}: {error}") from None
-        if self.online is not None and not any(d.quantized for d in decisions):
-            raise UsageError(f"quantize={self.online} was asked for and the model has no layer that takes it")
+        if self.online and not any(d.quantized for d in decisions):
+            raise UsageError(f"quantize={self._online_name} was asked for and the model has no layer that takes it")
         return QuantPlan(
             source=str(self.source.path),
-            method=self.config.method or (f"16 bit, quantized online to {self.online}" if self.online else ""),
+            method=self.config.method or (f"16 bit, quantized online to {self._online_name}" if self.online else ""),
             device=self.device.name,
             dtype=self.dtype,
             decisions=tuple(decisions),
@@ -147,8 +151,14 @@ class Planner:
             notes=(*self._notes(), *kv_notes),
         )
 
+    @property
+    def _online_name(self) -> str:
+        return " and ".join(dict.fromkeys(str(scheme) for scheme in self.online.values()))
+
     def _notes(self) -> list[str]:
         notes = [*self.config.inferred]
+        if self._meaning:
+            notes.append(self._meaning)
         notes += [f"rule {rule.matcher} of the config meant no module" for rule in self.config.stale()]
         by_reason: dict[str, int] = {}
         for reason in self.cover.ignored.values():
@@ -265,14 +275,16 @@ class Planner:
 
     def _segment(self, layer: LayerSpec, parts: tuple[StoredPart, ...], quant: LayerQuant | None) -> Segment:
         online = None
-        if quant is None and self.online is not None and self.online.weight is not None and layer.op in ONLINE_OPS:
-            online = online_scheme(self.online, layer.local_k)
+        wanted = self.online.get(layer.op)
+        if quant is None and wanted is not None:
+            online = online_scheme(wanted, layer.local_k)
         scheme = online or (quant.scheme if quant else None)
         if scheme is None:
             return Segment(parts, quant, None, None)
         weight_only = self.policy.activations == "16bit" and scheme.act is not None
         scheme = scheme.without_act() if weight_only else scheme
-        problem = Problem(layer.op, scheme, sum(p.n for p in parts), layer.local_k, self.dtype)
+        facts = {name: quant.opt(name) for name in ("encoding", "shift") if quant is not None and quant.opt(name)}
+        problem = Problem(layer.op, scheme, sum(p.n for p in parts), layer.local_k, self.dtype, **facts)
         return Segment(parts, quant, online, self.resolver.choose(problem, layer.name), weight_only)
 
     def _fill(self, slot: PlainSlot) -> None:
@@ -347,7 +359,7 @@ def plan(
     elif isinstance(checkpoint, dict):
         source = assumed_source(checkpoint)
     else:
-        source = open_headers(checkpoint)
+        source = open_checkpoint(checkpoint, registry or get_registry(), headers=True)
     target = Device.from_name(device) if isinstance(device, str) else device
     assumed = isinstance(checkpoint, dict)
     planner = Planner(source, target, dtype, policy, quantize, registry, assumed, kv_cache)

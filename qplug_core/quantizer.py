@@ -29,6 +29,9 @@ NF4 = (
 FP4_BNB = (0.0, 0.0052083333, 0.66666667, 1.0, 0.33333333, 0.5, 0.16666667, 0.25)
 """Magnitudes of bitsandbytes' 4-bit float by the three low bits of a code; bit 3 is the sign."""
 
+IQ4_NL = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
+"""Values of llama.cpp's non-linear 4-bit codes (``kvalues`` of the gguf package)."""
+
 
 def codebook_of(dtype: str) -> Tensor | None:
     """float32 values by code of a number type that has a codebook, else None."""
@@ -36,6 +39,8 @@ def codebook_of(dtype: str) -> Tensor | None:
         return torch.tensor(E2M1)
     if dtype == "nf4":
         return torch.tensor(NF4)
+    if dtype == "iq4nl":
+        return torch.tensor(IQ4_NL, dtype=torch.float32)
     if dtype == "fp4_bnb":
         return torch.tensor([*FP4_BNB, *(-v for v in FP4_BNB)])
     return None

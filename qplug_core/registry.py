@@ -385,6 +385,7 @@ def _claims(decl: Decl) -> Iterator[tuple[str, str]]:
             yield "format", decl.name
             yield from (("quant_method", name) for name in decl.detects)
             yield from (("layout", name) for name in decl.layouts)
+            yield from (("file suffix", name) for name in decl.opens)
         case ConfigDecl():
             yield "format", decl.name
             yield from (("quant_method", name) for name in decl.detects)

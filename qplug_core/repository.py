@@ -8,10 +8,14 @@ import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from .errors import CheckpointError
 from .source import CONFIG_FILES, FLAG_FILES, Source, TensorInfo, find_quant_config
+
+if TYPE_CHECKING:
+    from .decl import FormatDecl
+    from .registry import Registry
 
 _ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[\w.-]+(?:@[\w./-]+)?$")
 _WANTED = ("*.safetensors", "*.json", "*.ini", "*.model", "*.txt", "*.jinja")
@@ -21,6 +25,33 @@ Result = TypeVar("Result")
 def is_repository(text: str | Path) -> bool:
     """True where ``text`` is ``owner/name`` or ``owner/name@revision`` and no file or folder of that name is here."""
     return isinstance(text, str) and _ID.match(text) is not None and not Path(text).exists()
+
+
+def open_checkpoint(path: str | Path, registry: Registry, headers: bool = False) -> Source:
+    """A checkpoint: safetensors, or files of a suffix that a format opens itself.
+
+    ``headers``: no weight will be read, so of a repository only configs and headers are fetched.
+
+    :raises CheckpointError: where it cannot be had or read.
+    """
+    if not is_repository(path) and (decl := _opener(Path(path), registry)) is not None:
+        source: Source = registry.load(decl).open(Path(path))
+        return source
+    return open_headers(path) if headers else Source.open(local_folder(path))
+
+
+def _opener(path: Path, registry: Registry) -> FormatDecl | None:
+    """The format that opens a file of this suffix, or a folder whose only weights have one."""
+    files = [path] if path.is_file() else sorted(path.glob("*")) if path.is_dir() else []
+    suffixes = {file.suffix for file in files}
+    if path.is_dir() and (".safetensors" in suffixes or (path / "model.safetensors.index.json").exists()):
+        return None
+    for entry in registry.formats:
+        if suffixes & set(entry.decl.opens):
+            return entry.decl
+    if ".gguf" in suffixes:
+        raise CheckpointError(f"{path} is a GGUF checkpoint, which no installed plugin opens; pip install qplug-gguf")
+    return None
 
 
 def local_folder(path: str | Path) -> Path:

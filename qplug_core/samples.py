@@ -58,6 +58,8 @@ def _is_distinct(scheme: QuantScheme) -> bool:
 def _concrete(word: str) -> list[str]:
     if word.startswith("g*"):
         return [f"g{group}{word[2:]}" for group in GROUPS]
+    if word.endswith(".outlier"):
+        return [f"{word}=6"]
     return ["b128x128", "b64x32"] if word == "b*" else [word]
 
 

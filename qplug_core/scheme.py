@@ -39,12 +39,13 @@ NUMBER_TYPES: dict[str, NumberType] = {
     "fp4_e2m1": NumberType("fp4_e2m1", 4, "codebook", 6.0),
     "nf4": NumberType("nf4", 4, "codebook", 1.0),
     "fp4_bnb": NumberType("fp4_bnb", 4, "codebook", 1.0),
+    "iq4nl": NumberType("iq4nl", 4, "codebook", 127.0),
     "ccq2": NumberType("ccq2", 2, "codebook", 32.0),
     "fp16": NumberType("fp16", 16, "float", 65504.0),
 }
 """``int<b>`` covers both forms of an integer code: signed when symmetric, unsigned with a zero point when not.
 ``fp16`` stands for "whatever 16-bit type the model has", and is used by sparse weights only. ``ccq2`` is the
-convolutional code of WINT2, ``fp4_bnb`` the codebook of bitsandbytes."""
+convolutional code of WINT2, ``fp4_bnb`` the codebook of bitsandbytes, ``iq4nl`` that of llama.cpp's IQ4_NL and IQ4_XS."""
 
 
 @dataclass(frozen=True)
@@ -172,7 +173,7 @@ class QuantScheme:
 
 
 _BASE = re.compile(
-    r"^w(?P<w>int[2-8]|nvfp4|mxfp4|mxfp8|nf4|fp4bnb|fp4|fp8e5m2|fp8|ccq2|[2-8]|16)"
+    r"^w(?P<w>int[2-8]|nvfp4|mxfp4|mxfp8|nf4|iq4nl|fp4bnb|fp4|fp8e5m2|fp8|ccq2|[2-8]|16)"
     r"(?:a(?P<a>int[48]|nvfp4|mxfp4|mxfp8|fp4|fp8e5m2|fp8|4|8|16))?"
     r"(?:c(?P<c>int[48]|nvfp4|fp8e5m2|fp8|4|8|16))?$"
 )
@@ -194,6 +195,8 @@ def _weight_part(word: str) -> TensorQuant | None:
             return TensorQuant("nf4", (1, 64))
         case "fp4":
             return TensorQuant("fp4_e2m1", (1, 32))
+        case "iq4nl":
+            return TensorQuant("iq4nl", (1, 32))
         case "fp4bnb":
             return TensorQuant("fp4_bnb", (1, 64))
         case "fp8" | "fp8e5m2":
@@ -323,11 +326,8 @@ def _parse(text: str) -> QuantScheme:
 
 
 def _apply_all(part: TensorQuant, words: str) -> TensorQuant:
-    for word in words.split("."):
-        # A rule such as 127.5 holds the separator itself.
-        if word == "5" and part.rule == "127":
-            part = replace(part, rule="127.5")
-            continue
+    # A number such as 127.5 holds the separator itself.
+    for word in re.split(r"\.(?!\d)", words):
         changed = _apply_word(part, word)
         if changed is None:
             raise SchemeError(
@@ -345,7 +345,9 @@ def _weight_word(part: TensorQuant | None) -> str:
         return {"e4m3": "nvfp4", "e8m0": "mxfp4", "float": "fp4"}[part.scale_dtype]
     if part.dtype == "fp8_e4m3":
         return "mxfp8" if part.scale_dtype == "e8m0" and part.block == (1, 32) else "fp8"
-    return {"nf4": "NF4", "fp4_bnb": "fp4bnb", "fp8_e5m2": "fp8e5m2", "ccq2": "ccq2"}.get(part.dtype, str(part.bits))
+    return {"nf4": "NF4", "iq4nl": "iq4nl", "fp4_bnb": "fp4bnb", "fp8_e5m2": "fp8e5m2", "ccq2": "ccq2"}.get(
+        part.dtype, str(part.bits)
+    )
 
 
 def _differences(part: TensorQuant, default: TensorQuant) -> list[str]:

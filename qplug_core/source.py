@@ -125,6 +125,11 @@ class Source:
         self._maps.clear()
 
     @property
+    def tokenizer_files(self) -> tuple[Path, dict[str, str]]:
+        """The folder that holds the tokenizer, and what else AutoTokenizer needs to find it there."""
+        return (self.path if self.path.is_dir() else self.path.parent), {}
+
+    @property
     def nbytes(self) -> int:
         """Bytes of all tensors."""
         return sum(t.stop - t.start for t in self.tensors.values())

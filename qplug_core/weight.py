@@ -283,8 +283,8 @@ class OpaqueWeight:
 
         held = {name: getattr(self, name) for name in ("group_index", "pre_scale", "act_shift")}
         cut = {name: value[..., slice(*k)] for name, value in held.items() if value is not None}
-        shape = {"n": n[1] - n[0], "k": k[1] - k[0]}
-        return replace(self, encoding=f"{self.encoding}:window", decoder=window, **shape, **cut)
+        name = f"{self.encoding}:window"
+        return replace(self, encoding=name, n=n[1] - n[0], k=k[1] - k[0], decoder=window, **cut)
 
     def to(self, device: torch.device | str) -> OpaqueWeight:
         """The same weight on another device."""

@@ -21,7 +21,7 @@ from ..plan import CacheDecision, Decision, QuantPlan
 from ..planner import Planner
 from ..reference.kv_cache import CacheCoder
 from ..registry import Registry, get_registry
-from ..repository import local_folder
+from ..repository import open_checkpoint
 from ..resolve import Policy
 from ..scheme import QuantScheme
 from ..source import Source
@@ -73,9 +73,9 @@ class Engine:
         :raises CheckpointError: where there is none.
         """
         if self._tokenizer is None:
-            folder = self.source.path if self.source.path.is_dir() else self.source.path.parent
+            folder, options = self.source.tokenizer_files
             try:
-                self._tokenizer = AutoTokenizer.from_pretrained(folder)
+                self._tokenizer = AutoTokenizer.from_pretrained(folder, **options)
             except (OSError, ValueError, KeyError) as error:
                 raise CheckpointError(
                     f"{folder} has no tokenizer that loads ({str(error).splitlines()[0]}); put tokenizer.json there"
@@ -236,7 +236,7 @@ def load(
     progress: bool = False,
     registry: Registry | None = None,
 ) -> Engine:
-    """Load a checkpoint into the reference engine: a folder, or ``owner/name[@revision]`` of the Hugging Face Hub.
+    """Load a checkpoint into the reference engine: a folder or file, or ``owner/name[@revision]`` of the Hugging Face Hub.
 
     device
         Where it runs: ``cpu`` or a torch device.
@@ -253,8 +253,8 @@ def load(
     """
     if dtype not in DTYPES:
         raise UsageError(f"dtype {dtype!r} was given; {', '.join(DTYPES)} are known")
-    source = Source.open(local_folder(path))
     registry = registry or get_registry()
+    source = open_checkpoint(path, registry)
     target = Device.current() if device != "cpu" else Device.cpu()
     policy = Policy(kernels, dict(pin or {}), frozenset(forbid), activations)
     planner = Planner(source, target, dtype, policy, quantize, registry, kv_cache=kv_cache)

@@ -11,7 +11,8 @@ from ..device import Device
 from ..layer import LayerSpec
 from ..plan import QuantPlan
 from ..planner import Planner
-from ..repository import open_headers
+from ..registry import get_registry
+from ..repository import open_checkpoint
 from .describe import describe
 from .names import StoredNames
 from .skeleton import model_config, skeleton
@@ -21,7 +22,7 @@ def explain_checkpoint(
     path: str, device: Device | None, tp: int, dtype: str, quantize: str | None, kv_cache: str | None = None
 ) -> QuantPlan:
     """What ``load`` would do with ``path`` on ``device``, for rank 0 of ``tp``."""
-    source = open_headers(path)
+    source = open_checkpoint(path, get_registry(), headers=True)
     planner = Planner(source, device, dtype, quantize=quantize, kv_cache=kv_cache)
     model = skeleton(model_config(source), getattr(torch, dtype))
     described = describe(model, StoredNames(model, source.tensors))

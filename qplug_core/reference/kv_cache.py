@@ -37,7 +37,9 @@ class CacheCoder:
 
     def __post_init__(self) -> None:
         if self.kv.rule not in ("", "amax"):
-            raise SchemeError(f"a KV cache by the rule {self.kv.rule!r} was asked for; amax (stored magnitudes) or none is known")
+            raise SchemeError(
+                f"a KV cache by the rule {self.kv.rule!r} was asked for; amax (stored magnitudes) or none is known"
+            )
         if not self.kv.dynamic and self.scale is None:
             raise SchemeError(
                 "a KV cache with static scales was asked for without any; the checkpoint must hold k_scale and v_scale"
@@ -96,7 +98,7 @@ class CacheCoder:
             if value.numel() == 1:
                 return value.reshape(())
             # Heads, or channels of heads: [H] and [H, D] stand before and beside the token axis.
-            return value.reshape(value.numel() // depth if self.kv.block[1] else value.shape[0], 1, -1)
+            return value.reshape(value.numel() // depth if self.kv.block[1] == 1 else value.shape[0], 1, -1)
 
         scale = shaped(self.scale)
         assert scale is not None

@@ -57,14 +57,13 @@ def quantize_dequantize(x: Tensor, weight: QuantWeight | OpaqueWeight) -> Tensor
     """x ``[M, K]`` through the activation quantization of ``weight.scheme`` and back, in x's dtype."""
     act = weight.scheme.act
     assert act is not None
-    quantized = quantize_activation(x, act, weight.act_scale, weight.act_zero, weight.act_div)
+    # LLM.int8: an outlier is no part of its token's scale, and its column is not quantized (arXiv:2208.07339, section 3.2).
+    outliers = x.abs() >= act.outlier if act.outlier else None
+    inner = x if outliers is None else x.masked_fill(outliers, 0)
+    quantized = quantize_activation(inner, act, weight.act_scale, weight.act_zero, weight.act_div)
     # A NaN has no integer code. It must come out as NaN, not as the code that stands for it.
     values = torch.where(x.isnan(), x, quantized.dequantize(x.dtype))
-    if act.outlier:
-        # LLM.int8: columns with an outlier skip quantization (arXiv:2208.07339, section 3.2).
-        columns = (x.abs() > act.outlier).any(0)
-        values = torch.where(columns, x, values)
-    return values
+    return values if outliers is None else torch.where(outliers.any(0), x, values)
 
 
 def _product(x: Tensor, weight: QuantWeight | OpaqueWeight, bias: Tensor | None) -> Tensor:

@@ -144,15 +144,17 @@ def _zero_ranges(scheme: QuantScheme) -> list[tuple[int, int] | None]:
 
 
 def _weight(case: FormatCase, n: int, k: int, seed: int, **options: Any) -> QuantWeight:
-    """A random weight. Its second-level scales multiply, or divide where the format stores divisors, as it says by refusing."""
+    """A random weight, as the format can hold it, which it says by refusing: second-level scales multiply or divide, and
+    scales that are stored as a multiple have few digits, so that the multiple is exact."""
     scheme = case.scheme
     weight = random_weight(scheme, n, k, torch.Generator().manual_seed(seed), **options)
     local = scheme.act is not None and scheme.act.dynamic == "local"
-    if weight.global_scale is None and not local:
-        return weight
     try:
         load(case.decl.impl).quant_for_scheme(weight)
     except CannotEncode:
+        if weight.global_scale is None and not local:
+            few = weight.scales.dtype == torch.float32
+            return replace(weight, scales=weight.scales.bfloat16().float()) if few else weight
         return replace(weight, global_div=weight.global_scale is not None, act_div=local)
     return weight
 

@@ -5,6 +5,9 @@ from __future__ import annotations
 from qplug_core.decl import OPTIMIZED, FormatDecl, KernelDecl, QuantizerDecl
 from qplug_core.hookspecs import hookimpl
 
+from . import declarations
+from .paddle import declarations as paddle
+
 API = "1.0"
 
 W8A16 = "W8A16 tensor|channel|g* sym|asym"
@@ -13,7 +16,7 @@ ACTIVATIONS = "a:token|token.asym|tensor.static|tensor.static.asym rules=127|127
 
 @hookimpl
 def qplug_formats() -> list[FormatDecl]:
-    """The plain INT8 format."""
+    """The plain INT8 format, and those of serving engines."""
     return [
         FormatDecl(
             "int8",
@@ -23,7 +26,9 @@ def qplug_formats() -> list[FormatDecl]:
             schemes=(W8A16, f"W8A8 tensor|channel|g* {ACTIVATIONS}"),
             ops=("linear", "experts", "embedding", "lm_head"),
             summary="one byte for each weight, scales beside it",
-        )
+        ),
+        *declarations.FORMATS,
+        *paddle.FORMATS,
     ]
 
 
@@ -54,19 +59,5 @@ def qplug_kernels() -> list[KernelDecl]:
 
 @hookimpl
 def qplug_quantizers() -> list[QuantizerDecl]:
-    """Round to nearest by the scale rules of two serving engines; the common rule is core's."""
-    schemes = ("W8A16 channel", "W8A8 channel a:token|token.asym rules=127|127.5")
-    return [
-        QuantizerDecl(
-            "int8.amax128",
-            impl="qplug_int8.quantizer:Amax128",
-            schemes=schemes,
-            summary="scale amax / 128, as RTP-LLM quantizes at load",
-        ),
-        QuantizerDecl(
-            "int8.amax127",
-            impl="qplug_int8.quantizer:Amax127",
-            schemes=schemes,
-            summary="scale amax / 127, as Paddle quantizes at load",
-        ),
-    ]
+    """Round to nearest by the rules of serving engines; the common rule is core's."""
+    return [*declarations.QUANTIZERS, *paddle.QUANTIZERS]

@@ -1,4 +1,4 @@
-"""INT8 by two rules that differ from core's (scale amax / 127.5): the same weight gives other codes and other scales."""
+"""INT8 by rules that differ from core's (scale amax / 127.5): the same weight gives other codes and other scales."""
 
 from __future__ import annotations
 
@@ -39,27 +39,29 @@ class _ChannelInt8(Quantizer):
         scales = (amax / self.divisor).to(weight.dtype)
         # A row that underflows in 16 bit would be divided by zero.
         scales = torch.where(scales == 0, torch.finfo(weight.dtype).tiny, scales)
-        return QuantWeight(scheme, self._round(weight.float() / scales.float()).to(torch.int8), scales, part.block)
+        return QuantWeight(scheme, self._codes(weight, amax, scales).to(torch.int8), scales, part.block)
 
     @abstractmethod
-    def _round(self, quotients: Tensor) -> Tensor:
-        """Integers in the range of the rule."""
+    def _codes(self, weight: Tensor, amax: Tensor, scales: Tensor) -> Tensor:
+        """Integers in the range of the rule. ``amax [N, 1]`` float32, ``scales [N, 1]`` as they are stored."""
 
 
 class Amax128(_ChannelInt8):
-    """RTP-LLM: scale amax / 128, ties to even, codes [-128, 127]. The positive extreme loses 1/128, the negative is "
-    "exact."""
+    """RTP-LLM: scale amax / 128, ties to even, codes [-128, 127]. The positive extreme loses 1/128, the negative is exact."""
 
     divisor = 128.0
 
-    def _round(self, quotients: Tensor) -> Tensor:
-        return torch.round(quotients).clamp(-128, 127)
+    def _codes(self, weight: Tensor, amax: Tensor, scales: Tensor) -> Tensor:
+        return torch.round(weight.float() / scales.float()).clamp(-128, 127)
 
 
-class Amax127(_ChannelInt8):
-    """Paddle: scale amax / 127, ties away from zero, codes [-127, 127]. Both extremes are exact."""
+class ExpertsInt8(_ChannelInt8):
+    """vLLM's ``experts_int8``: scale amax / 127, ties to even, codes [-127, 127], all in the dtype of the weight.
+
+    A 16-bit quotient has few bits behind the point (bfloat16: one, from 64 on), so most codes are rounded twice.
+    """
 
     divisor = 127.0
 
-    def _round(self, quotients: Tensor) -> Tensor:
-        return (torch.sign(quotients) * torch.floor(quotients.abs() + 0.5)).clamp(-127, 127)
+    def _codes(self, weight: Tensor, amax: Tensor, scales: Tensor) -> Tensor:
+        return torch.round(weight / scales).clamp(-127, 127)
