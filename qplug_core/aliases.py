@@ -54,8 +54,8 @@ def online_schemes(text: str | QuantScheme | None) -> tuple[dict[Op, QuantScheme
     if isinstance(text, QuantScheme):
         return dict.fromkeys(ONLINE_OPS, text), ""
     word = text.strip().lower()
-    body = BY_OP.get(word, word)
-    if "=" in body and not body.startswith("w"):
+    body = BY_OP.get(word, text)
+    if "=" in body and not word.startswith("w"):
         schemes = {op: parse_word(scheme) for op, scheme in (_operation(part, text) for part in body.split(","))}
     else:
         schemes = dict.fromkeys(ONLINE_OPS, parse_word(body))

@@ -72,6 +72,13 @@ class CheckpointFormat(ABC):
         """The ``quantization_config`` for config.json that says ``layers``: module name to quantization, None for 16 bit."""
         raise NotImplementedError(f"{self.name} has no writer")
 
+    def model_name(self, stored: str) -> str:
+        """The Hugging Face name of a stored tensor, where a tool's names are its own (``attention.query_key_value.weight``).
+
+        A module that holds several of the model's is called as the model would fuse it: ``qkv_proj``, ``gate_up_proj``.
+        """
+        return stored
+
     def kv_tensors(self, attention: str) -> Mapping[str, str | tuple[str, ...]]:
         """Stored names of KV-cache scales of one attention module by role: ``k_scale``, ``v_scale``, ``k_zero``, ``v_zero``, ``q_scale``.
 

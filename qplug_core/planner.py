@@ -114,6 +114,10 @@ class Planner:
                 "from the 16-bit checkpoint"
             )
 
+    def model_name(self, stored: str) -> str:
+        """The Hugging Face name of a stored tensor, as its format knows it."""
+        return stored if self.format is None else self.format.model_name(stored)
+
     def layout(self, name: str) -> CheckpointFormat:
         """The format that decodes a layout."""
         if name not in self._formats:

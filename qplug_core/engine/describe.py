@@ -106,7 +106,8 @@ def _slices(model: Any, parent: str, leaf: str, fused: str, n: int, stored: Stor
         return []
     start = sum(heights[: siblings.index(leaf)])
     total = sum(heights)
-    return [(StoredPart(f"{place}.{fused}", n, (start, start + n), total),) for place in stored.of(parent)]
+    places = stored.of(f"{parent}.{fused}")
+    return [(StoredPart(place, n, (start, start + n), total),) for place in places]
 
 
 def _heights(config: Any, leaf: str, n: int) -> tuple[int, ...]:

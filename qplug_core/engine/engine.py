@@ -259,7 +259,7 @@ def load(
     policy = Policy(kernels, dict(pin or {}), frozenset(forbid), activations)
     planner = Planner(source, target, dtype, policy, quantize, registry, kv_cache=kv_cache)
     model = skeleton(model_config(source), DTYPES[dtype])
-    described = describe(model, StoredNames(model, source.tensors))
+    described = describe(model, StoredNames(model, source.tensors, planner.model_name))
     plan = planner.plan(described.layers, described.slots)
     loader = _Loader(model, source, planner, plan, described, DTYPES[dtype], device, registry)
     methods = loader.run(progress)

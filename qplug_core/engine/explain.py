@@ -25,7 +25,7 @@ def explain_checkpoint(
     source = open_checkpoint(path, get_registry(), headers=True)
     planner = Planner(source, device, dtype, quantize=quantize, kv_cache=kv_cache)
     model = skeleton(model_config(source), getattr(torch, dtype))
-    described = describe(model, StoredNames(model, source.tensors))
+    described = describe(model, StoredNames(model, source.tensors, planner.model_name))
     layers = described.layers if tp == 1 else [shard(layer, model, 0, tp) for layer in described.layers]
     return planner.plan(layers, described.slots)
 

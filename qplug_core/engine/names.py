@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -17,13 +17,14 @@ class StoredNames:
     that a model with a head has. Both are undone here, from transformers' own table.
     """
 
-    def __init__(self, model: Any, stored: Iterable[str]) -> None:
+    def __init__(self, model: Any, stored: Iterable[str], tool: Callable[[str], str] | None = None) -> None:
+        """``tool``: the names of the tool that wrote the checkpoint, turned into Hugging Face's."""
         renamings = [t for t in get_model_conversion_mapping(model) if isinstance(t, WeightRenaming)]
         prefix = f"{model.base_model_prefix}." if getattr(model, "base_model_prefix", "") else ""
         self._stored: dict[str, list[str]] = defaultdict(list)
         own = set(model.state_dict())
         for name in stored:
-            renamed = name
+            renamed = name if tool is None else tool(name)
             for transform in renamings:
                 renamed, _ = transform.rename_source_key(renamed)
             self._add(renamed, name)

@@ -44,12 +44,13 @@ def quant(name: str, layout: str = "gptq", **opts: Any) -> LayerQuant:
 
 
 def random_file(bits: int, n: int, k: int, group: int, seed: int = 0) -> dict[str, torch.Tensor]:
+    """Random words, with zero points that both versions can hold: all ones have no meaning that readers agree on in v1."""
     draw = torch.Generator().manual_seed(seed)
     groups = -(-k // group)
-    whole = (-(2**31), 2**31 - 1)
+    zeros = torch.randint(0, 2**bits - 1, (groups, n), generator=draw, dtype=torch.uint8)
     return {
-        "qweight": torch.randint(*whole, (k * bits // 32, n), generator=draw, dtype=torch.int32),
-        "qzeros": torch.randint(*whole, (groups, n * bits // 32), generator=draw, dtype=torch.int32),
+        "qweight": torch.randint(-(2**31), 2**31 - 1, (k * bits // 32, n), generator=draw, dtype=torch.int32),
+        "qzeros": pack(zeros, bits),
         "scales": torch.rand(groups, n, generator=draw).half(),
         "g_idx": (torch.arange(k) // group).int(),
     }
@@ -64,7 +65,9 @@ def rule(config: dict[str, Any], name: str = MODULE, tensors: dict[str, torch.Te
     return FORMAT.parse(source(config, tensors)).quant_for(ModuleName((name,)))
 
 
-BASE = {"bits": 4, "group_size": 128, "quant_method": "gptq", "sym": True, "desc_act": False}
+BASE = {
+    "bits": 4, "group_size": 128, "quant_method": "gptq", "sym": True, "desc_act": False, "checkpoint_format": "gptq",
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
@@ -101,16 +104,13 @@ def test_golden_words() -> None:
     assert [w & 0xFFFFFFFF for w in pack(values, 3)[0].tolist()] == [0xC0000000, 0x80000001, 0x2]
 
 
-def test_zero_point_of_v1_reaches_two_to_the_bits() -> None:
-    stored = random_file(4, 8, 128, 128)
-    stored["qzeros"].fill_(-1)
-    weight = FORMAT.decode(stored, quant("W4A16_g128_asym"), 8, 128)
-    assert weight.zeros is not None
-    assert weight.zeros.dtype == torch.int16
-    assert set(weight.zeros.flatten().tolist()) == {16}
-    assert FORMAT.quant_for_scheme(weight).layout == "gptq"
-    with pytest.raises(CannotEncode, match=r"store this checkpoint as gptq$"):
-        FORMAT.encode(weight, quant("W4A16_g128_asym", "gptq_v2"))
+@pytest.mark.parametrize("layout", ["gptq", "gptq_v2"])
+def test_zero_point_that_readers_disagree_about_is_not_written(layout: str) -> None:
+    weight = random_weight(QuantScheme.parse("W4A16_g128_asym"), 8, 128, zeros=(16, 16))
+    with pytest.raises(CannotEncode, match="agree on 0 to 15"):
+        FORMAT.encode(weight, quant("W4A16_g128_asym", layout))
+    with pytest.raises(CannotEncode, match="agree on 0 to 15"):
+        FORMAT.quant_for_scheme(weight)
 
 
 def test_zero_point_zero_needs_v2() -> None:
@@ -177,8 +177,8 @@ def test_file_without_index() -> None:
 @pytest.mark.parametrize(
     ("weight", "words"),
     [
-        (random_weight(QuantScheme.parse("W8A8"), 32, 128), "scheme W8A8"),
-        (random_weight(QuantScheme.parse("W5A16_g128"), 32, 128), "scheme W5A16"),
+        (random_weight(QuantScheme.parse("WNF4A16"), 32, 128), "scheme WNF4A16"),
+        (random_weight(QuantScheme.parse("W8A16_2:4"), 32, 128), "scheme W8A16"),
         (random_weight(QuantScheme.parse("W8A16_tensor"), 32, 128), "scales by tensor"),
         (random_weight(QuantScheme.parse("Wfp8A16"), 32, 128), "scheme Wfp8A16"),
     ],
@@ -213,16 +213,23 @@ def test_smallest_config() -> None:
         ({"sym": "yes"}, "sym: 'yes'"),
         ({"w_bit": 8}, "bits: 4 and w_bit: 8"),
         ({"checkpoint_format": "gptq", "format": "gptq_v2"}, "contradict"),
-        ({"checkpoint_format": "marlin"}, "'marlin'"),
+        ({"checkpoint_format": "bitblas"}, "'bitblas'"),
+        ({"checkpoint_format": "gptq", "is_marlin_format": True}, "different layouts"),
+        ({"quant_method": "gptq_marlin_24"}, "different layouts"),
+        ({"checkpoint_format": "marlin", "sym": False}, "holds no zero points"),
+        ({"checkpoint_format": "marlin", "desc_act": True}, "holds no g_idx"),
+        ({"checkpoint_format": "marlin", "bits": 8}, "bits: 8"),
+        ({"bits": 16}, "bits: 16"),
         ({"quant_method": "awq"}, "'awq'"),
         ({"pack_dtype": "int64"}, "pack_dtype"),
-        ({"is_marlin_format": True}, "is_marlin_format"),
+        ({"is_marlin_format": "yes"}, "is_marlin_format"),
         ({"rotation": "hadamard"}, "rotation"),
         ({"surprise": 1}, "'surprise'"),
         ({"dynamic": {".*": {"surprise": 1}}}, "'surprise'"),
         ({"dynamic": {"+:(": {}}}, "regular expression"),
         ({"dynamic": ["x"]}, "dynamic"),
         ({"modules_in_block_to_quantize": [1]}, "modules_in_block_to_quantize"),
+        ({"modules_to_not_convert": [1]}, "modules_to_not_convert"),
     ],
 )
 def test_config_that_is_not_understood_is_refused(change: dict[str, Any], words: str) -> None:

@@ -4,26 +4,60 @@ from __future__ import annotations
 
 from qplug_core.decl import OPTIMIZED, FormatDecl, KernelDecl
 from qplug_core.hookspecs import hookimpl
+from qplug_core.layer import Op
 
 API = "1.0"
 
 SCHEMES = ("W{2,3,4,8}A16 channel|g* sym|asym actorder",)
+"""What the kernel multiplies; the format holds more."""
+
+PLANAR = ("W{5,6,7}A16 channel|g* sym|asym actorder",)
+W4A8 = ("W4A{8,fp8} channel|g* sym|asym a:token|tensor|tensor.static",)
+OPS: tuple[Op, ...] = ("linear", "experts", "lm_head")
 
 
 @hookimpl
 def qplug_formats() -> list[FormatDecl]:
-    """The format, in its two layouts: zero points stored minus one (v1), or as they are (v2)."""
+    """Zero points stored minus one (v1) or as they are (v2), bit planes, files packed for Marlin, and auto-round's configs."""
     return [
         FormatDecl(
             "gptq",
             impl="qplug_gptq.loader:GPTQFormat",
-            detects=("gptq",),
+            detects=("gptq", "auto_gptq", "gptq_marlin"),
             files=("quantize_config.json",),
-            layouts=("gptq", "gptq_v2"),
-            schemes=SCHEMES,
-            ops=("linear", "experts", "lm_head"),
-            summary="AutoGPTQ and GPTQModel checkpoints, 2, 3, 4 and 8 bits",
-        )
+            layouts=("gptq", "gptq_v2", "gptq_p"),
+            schemes=SCHEMES + PLANAR + W4A8,
+            ops=OPS,
+            summary="AutoGPTQ and GPTQModel checkpoints, 2 to 8 bits, also with FP8 or INT8 activations",
+        ),
+        FormatDecl(
+            "marlin",
+            impl="qplug_gptq.marlin:MarlinFormat",
+            detects=("marlin",),
+            layouts=("marlin",),
+            schemes=("W4A16 channel|g128 sym",),
+            ops=OPS,
+            summary="GPTQ checkpoints packed for the Marlin kernel before they were saved",
+        ),
+        FormatDecl(
+            "gptq_marlin_24",
+            impl="qplug_gptq.marlin:Marlin24Format",
+            detects=("gptq_marlin_24", "marlin_24"),
+            layouts=("marlin_24",),
+            schemes=("W{4,8}A16 channel|g* sym 2:4",),
+            ops=OPS,
+            writes=False,
+            summary="2:4 sparse GPTQ checkpoints packed for the sparse Marlin kernel; read, never written",
+        ),
+        FormatDecl(
+            "auto-round",
+            impl="qplug_gptq.autoround:AutoRoundFormat",
+            detects=("auto-round", "auto_round", "intel/auto-round"),
+            schemes=SCHEMES + W4A8,
+            ops=OPS,
+            writes=False,
+            summary="auto-round checkpoints in the packings of GPTQ, AWQ and compressed-tensors",
+        ),
     ]
 
 
