@@ -47,7 +47,7 @@ def qplug_quantizers() -> list[QuantizerDecl]:
                 "W{nf4,fp4bnb,fp4}A{16,8,fp8} g* a:token|g*",
                 "Wmxfp4A{16,fp8,mxfp4,mxfp8} g32 a:token|g*",
                 "Wmxfp8A{16,mxfp8} g32 a:g*",
-                "Wnvfp4A{16,fp8,nvfp4} g16 a:token|g*|g*.local",
+                "Wnvfp4A{16,fp8} g16 a:token|g*",
             ),
             summary="round to nearest",
         )

@@ -34,12 +34,16 @@ class Cell:
         was built for it), declared (nobody tried).
     reason
         What falls short of the status, and why no better kernel is taken.
+    fast, total
+        Of the scheme variants that stand for the method, how many a kernel other than the reference one takes.
     """
 
     status: Status
     kernel: str = ""
     proof: Proof = "declared"
     reason: str = ""
+    fast: int = 0
+    total: int = 0
 
 
 @dataclass(frozen=True)
@@ -127,7 +131,26 @@ def _cell(decl: FormatDecl, op: Op, schemes: Sequence[QuantScheme], device: Devi
         reasons.append(
             f"{len(slow)} of {len(best)} scheme variants run on the reference kernel: {shown}{'...' if len(slow) > 3 else ''}"
         )
-    return Cell(taken.mode, taken.name, proof_of(taken, name, device, registry), "; ".join(reasons))
+    proof = proof_of(taken, name, device, registry)
+    return Cell(taken.mode, taken.name, proof, "; ".join(reasons), len(best) - len(slow), len(best))
+
+
+def scheme_cell(registry: Registry, scheme: QuantScheme, op: Op, device: Device, name: str) -> Cell:
+    """What the best kernel of any plugin does with one scheme on ``device``, which was asked for as ``name``."""
+    taken: KernelDecl | None = None
+    refused = []
+    for kernel in sorted((e.decl for e in registry.kernels if op in e.decl.ops), key=lambda d: (-d.rank, d.name)):
+        if kernel.pattern_for(scheme):
+            continue
+        if not device.matches_any(kernel.devices):
+            refused.append(f"{kernel.name} needs {' or '.join(kernel.devices)}")
+        elif taken is None:
+            taken = kernel
+    if taken is None:
+        return Cell("no", reason="; ".join(refused) or f"no kernel is declared for {op}")
+    reference = taken.rank == Rank.REFERENCE
+    reason = ("; ".join(refused) or "no installed plugin has a kernel for this scheme") if reference else ""
+    return Cell(taken.mode, taken.name, proof_of(taken, name, device, registry), reason, int(not reference), 1)
 
 
 def proof_of(kernel: KernelDecl, column: str, device: Device, registry: Registry) -> Proof:

@@ -80,9 +80,9 @@ class RoundToNearest(Quantizer):
             raise SchemeError(f"scheme {scheme} leaves weights at 16 bit; there is nothing to quantize")
         if part.dtype in ("ccq2", "fp16") or scheme.act_order or scheme.sparsity:
             raise SchemeError(f"round to nearest does not make {scheme}; choose an algorithm of a plugin")
-        if scheme.act is not None and scheme.act.dynamic is False:
+        if scheme.act is not None and scheme.act.dynamic is not True:
             raise SchemeError(
-                f"{scheme} has static activation scales, which need calibration; use a dynamic scheme, or calibrate"
+                f"{scheme} has stored activation scales, which need calibration; use a dynamic scheme, or calibrate"
             )
         if not bool(torch.isfinite(weight.sum(dtype=torch.float32))) and not bool(torch.isfinite(weight).all()):
             raise SchemeError("the weight has NaN or infinite values, which no scheme can hold; repair the checkpoint")

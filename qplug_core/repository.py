@@ -41,11 +41,12 @@ def open_checkpoint(path: str | Path, registry: Registry, headers: bool = False)
 
 
 def _opener(path: Path, registry: Registry) -> FormatDecl | None:
-    """The format that opens a file of this suffix, or a folder whose only weights have one."""
+    """The format that opens a file of this suffix, or a folder whose only weights, or only ``model`` file, have one."""
     files = [path] if path.is_file() else sorted(path.glob("*")) if path.is_dir() else []
+    if path.is_dir() and any(file.suffix == ".safetensors" for file in files):
+        names = {file.name for file in files}
+        files = [] if {"model.safetensors", "model.safetensors.index.json"} & names else [f for f in files if f.stem == "model"]
     suffixes = {file.suffix for file in files}
-    if path.is_dir() and (".safetensors" in suffixes or (path / "model.safetensors.index.json").exists()):
-        return None
     for entry in registry.formats:
         if suffixes & set(entry.decl.opens):
             return entry.decl

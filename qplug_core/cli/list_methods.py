@@ -9,8 +9,9 @@ import click
 
 from ..device import REPORTED, Device
 from ..layer import OPS, Op
-from ..matrix import CapabilityMatrix, Cell
+from ..matrix import CapabilityMatrix, Cell, scheme_cell
 from ..registry import Registry, get_registry
+from ..samples import schemes_of
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -22,8 +23,9 @@ SHORT = {"native": "native", "weight-only": "w-only", "emulated": "emul.", "refe
 @click.option("--device", default=None, help="A named device (sm_90, gfx942, avx512_vnni, cpu); default: this machine.")
 @click.option("--json", "as_json", is_flag=True, help="Print the whole matrix as JSON.")
 @click.option("--markdown", is_flag=True, help="Print the whole matrix as a Markdown table.")
+@click.option("--schemes", is_flag=True, help="Report schemes instead of checkpoint formats, on every reported device.")
 @click.option("--op", type=click.Choice(OPS), default=None, help="Report one operation instead of each method's first.")
-def list_methods(device: str | None, as_json: bool, markdown: bool, op: Op | None) -> None:
+def list_methods(device: str | None, as_json: bool, markdown: bool, schemes: bool, op: Op | None) -> None:
     """List what the installed plugins can do: on this machine, or on a named device.
 
     native: does what the scheme says on units made for it. weight-only: leaves activations at 16 bit. emulated: quantizes
@@ -32,6 +34,11 @@ def list_methods(device: str | None, as_json: bool, markdown: bool, op: Op | Non
     registry = get_registry()
     here = Device.from_name(device) if device else Device.current()
     column = device or here.arch
+    if schemes:
+        click.echo(
+            schemes_markdown(registry, [(column, here)] if device else [(n, Device.from_name(n)) for n in REPORTED], op)
+        )
+        return
     if as_json or markdown:
         named = [(name, Device.from_name(name)) for name in REPORTED]
         cpu = [] if device else [("cpu", Device.cpu())]
@@ -66,8 +73,24 @@ def as_markdown(matrix: CapabilityMatrix, op: Op | None) -> str:
     return "\n".join(lines)
 
 
+def schemes_markdown(registry: Registry, devices: list[tuple[str, Device]], op: Op | None) -> str:
+    """Schemes of all formats as rows, devices as columns: what the best kernel of any plugin does."""
+    found = dict.fromkeys(s for entry in registry.formats for s in schemes_of(entry.decl.schemes))
+    lines = ["| scheme | " + " | ".join(name for name, _ in devices) + " |", "|---" * (len(devices) + 1) + "|"]
+    for scheme in sorted(found, key=str):
+        cells = [_word(scheme_cell(registry, scheme, op or "linear", device, name)) for name, device in devices]
+        lines.append(f"| {scheme} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def _word(cell: Cell) -> str:
-    return cell.status if cell.status in ("no", "reference") else f"{cell.status}, {cell.proof}"
+    return cell.status if cell.status in ("no", "reference") else f"{_share(cell.status, cell)}, {cell.proof}"
+
+
+def _share(word: str, cell: Cell) -> str:
+    """A status, with how many of the scheme variants have it where not all do."""
+    whole = cell.fast == cell.total or cell.status in ("no", "reference")
+    return word if whole else f"{word} {cell.fast}/{cell.total}"
 
 
 def _render(console: Console, matrix: CapabilityMatrix, registry: Registry, device: Device, op: Op | None) -> None:
@@ -83,13 +106,14 @@ def _render(console: Console, matrix: CapabilityMatrix, registry: Registry, devi
     for method in matrix.methods:
         best = method.cell(column, op)
         load = "/".join(word[:3] for word, able in method.load.items() if able)
-        statuses = [SHORT[method.cells[each, column].status] for each in OPS]
+        statuses = [_share(SHORT[cell.status], cell) for cell in (method.cells[each, column] for each in OPS)]
         table.add_row(method.name, " ".join(method.schemes), load, *statuses, best.kernel, best.proof)
         if best.reason:
             reasons.append(f"  {method.name}: {best.reason}")
     console.print(table)
     console.print(
-        "load: pre = prequantized, onl = online from 16 bit, off = written offline; ref. = reference kernel, slow",
+        "load: pre = prequantized, onl = online from 16 bit, off = written offline; ref. = reference kernel, slow; "
+        "native 3/8 = three of eight scheme variants, the others run on the reference kernel",
         style="dim",
     )
     for reason in reasons:

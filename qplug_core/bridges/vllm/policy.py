@@ -1,0 +1,129 @@
+"""Who serves a checkpoint, vLLM or qplug, and why. What vLLM does itself is data, in the words that plugins declare with."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ...config import LayerQuant
+from ...decl import SchemePattern
+from ...device import Device
+from ...errors import QplugError, UsageError
+from ...planner import assumed_source, read_config
+from ...registry import Registry
+from . import NAME, VERSIONS
+
+VARIABLE = "QPLUG_VLLM"
+
+
+@dataclass(frozen=True)
+class Served:
+    """What vLLM serves by itself: layouts of schemes, under one ``quant_method``, on some devices."""
+
+    method: str
+    layouts: tuple[str, ...]
+    schemes: tuple[str, ...]
+    devices: tuple[str, ...]
+
+
+GPU = ("sm_80+", "gfx90a+", "gfx11*", "gfx12*")
+SERVED = (
+    Served("gptq", ("gptq",), ("W{4,8}A16 channel|g32|g64|g128 sym",), ("sm_75+", *GPU[1:])),
+    Served("gptq", ("gptq",), ("W4A16 g32|g64|g128 sym",), ("avx2",)),
+    Served("awq", ("awq_gemm",), ("W4A16 g32|g64|g128 sym|asym",), ("sm_75+", *GPU[1:])),
+    Served("compressed-tensors", ("pack-quantized",), ("W{4,8}A16 channel|g32|g64|g128 sym|asym actorder",), GPU),
+    Served("compressed-tensors", ("pack-quantized",), ("W4A16 channel|g32|g64|g128 sym|asym",), ("avx2",)),
+    Served("compressed-tensors", ("int-quantized", "naive-quantized"), ("W8A8 tensor|channel a:token|tensor.static",), (*GPU[:1], "avx2")),
+    Served(
+        "compressed-tensors",
+        ("float-quantized", "naive-quantized"),
+        ("Wfp8Afp8 tensor|channel|b128x128 a:token|tensor.static|g128",),
+        ("sm_89+", "gfx942+", "gfx12*"),
+    ),
+    Served("compressed-tensors", ("nvfp4-pack-quantized",), ("Wnvfp4A{16,nvfp4} g16 a:g*|g*.local",), ("sm_80+",)),
+    Served("compressed-tensors", ("mxfp4-pack-quantized",), ("Wmxfp4A{16,mxfp4} g32 a:g*",), ("sm_80+",)),
+    Served("fp8", ("fp8",), ("Wfp8Afp8 tensor a:token|tensor|tensor.static",), ("sm_80+", "gfx942+", "gfx12*")),
+    Served("fp8", ("fp8_inv", "fp8_block"), ("Wfp8Afp8 b128x128 a:g128",), ("sm_80+", "gfx942+", "gfx12*")),
+    Served("modelopt", (), ("Wfp8Afp8 tensor|channel a:token|tensor.static",), ("sm_89+",)),
+    Served("modelopt_fp4", (), ("Wnvfp4A{16,nvfp4} g16 a:g*|g*.local",), ("sm_80+",)),
+    Served("mxfp4", (), ("Wmxfp4A{16,mxfp4} g32 a:g*",), ("sm_80+", "gfx90a+")),
+    Served("quark", (), ("Wfp8Afp8 tensor|channel a:token|tensor.static", "W8A8 tensor|channel a:token|tensor.static"), ("sm_89+", "gfx942+")),
+)  # fmt: skip
+"""Of the versions in VERSIONS. What is not here counts as refused, because qplug has a floor and vLLM has none."""
+
+
+@dataclass(frozen=True)
+class Claim:
+    """``qplug``: whether qplug serves the checkpoint. ``reason``: one clause for the log."""
+
+    qplug: bool
+    reason: str
+
+
+def decide(
+    config: Mapping[str, Any], asked: str | None, device: Device, registry: Registry, environ: Mapping[str, str] | None = None
+) -> Claim | None:
+    """Who serves a checkpoint with this ``quantization_config``; None where no installed format reads it.
+
+    ``asked``: what the user gave as ``--quantization``.
+
+    :raises UsageError: for a policy that is not understood.
+    :raises ConfigError: for a config that only qplug could read, and does not.
+    """
+    method = str(config.get("quant_method", "")).lower()
+    if asked == NAME:
+        return Claim(True, f"--quantization {NAME} asks for it")
+    detected = {name for entry in (*registry.formats, *registry.configs) for name in entry.decl.detects}
+    wanted = policy(os.environ if environ is None else environ, detected)
+    if method not in detected:
+        return None
+    if asked is not None:
+        return Claim(False, f"--quantization {asked} asks for vLLM's own")
+    try:
+        lacking = refused(config, method, device, registry)
+    except QplugError as error:
+        if not any(entry.method == method for entry in SERVED):
+            raise
+        return Claim(False, f"qplug does not read its config ({error})")
+    if lacking:
+        return Claim(True, lacking)
+    if "all" in wanted or method in wanted:
+        return Claim(True, f"{VARIABLE}={','.join(wanted)} asks for it")
+    return Claim(False, f"it serves this itself; {VARIABLE}=all or {VARIABLE}={method} gives it to qplug")
+
+
+def policy(environ: Mapping[str, str], known: set[str]) -> Sequence[str]:
+    """The words of ``QPLUG_VLLM``: ``missing`` (the default), ``all``, or values of ``quant_method``.
+
+    :raises UsageError: for a word that is none of these.
+    """
+    words = [word.strip().lower() for word in environ.get(VARIABLE, "missing").split(",") if word.strip()]
+    for word in words:
+        if word not in ("missing", "all") and word not in known:
+            raise UsageError(
+                f"{VARIABLE} names {word!r}; missing, all, or a quant_method that an installed plugin reads was needed "
+                f"({', '.join(sorted(known)) or 'none is installed'})"
+            )
+    return words
+
+
+def refused(config: Mapping[str, Any], method: str, device: Device, registry: Registry) -> str:
+    """What vLLM does not serve of a config, as a clause; an empty string where it serves all of it."""
+    here = [entry for entry in SERVED if entry.method == method and device.matches_any(entry.devices)]
+    if not any(entry.method == method for entry in SERVED):
+        return f"vLLM {VERSIONS} has no {method}"
+    if not here:
+        return f"vLLM {VERSIONS} does not serve {method} on {device.arch}"
+    parsed, _ = read_config(assumed_source(dict(config)), registry)
+    quants = dict.fromkeys(rule.quant for rule in parsed.rules if rule.quant is not None)
+    for quant in quants:
+        if not any(_serves(entry, quant) for entry in here):
+            return f"vLLM {VERSIONS} does not serve {quant.scheme} stored as {quant.layout} on {device.arch}"
+    return ""
+
+
+def _serves(entry: Served, quant: LayerQuant) -> bool:
+    layout = not entry.layouts or quant.layout in entry.layouts
+    return layout and any(SchemePattern(text).matches(quant.scheme) for text in entry.schemes)
