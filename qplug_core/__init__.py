@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from .layer import LayerSpec as LayerSpec
     from .layer import PlainSlot as PlainSlot
     from .layer import StoredPart as StoredPart
-    from .plan import QuantPlan as QuantPlan
+    from .quant_plan import QuantPlan as QuantPlan
     from .planner import plan as plan
     from .resolve import Policy as Policy
     from .scheme import QuantScheme as QuantScheme
@@ -26,7 +26,7 @@ _HOMES = {
     "LayerSpec": "layer",
     "PlainSlot": "layer",
     "Policy": "resolve",
-    "QuantPlan": "plan",
+    "QuantPlan": "quant_plan",
     "QuantScheme": "scheme",
     "StoredPart": "layer",
     "hookimpl": "hookspecs",

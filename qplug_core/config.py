@@ -12,7 +12,7 @@ from .scheme import QuantScheme, TensorQuant
 
 if TYPE_CHECKING:
     from .method import QuantMethod
-    from .plan import Decision
+    from .quant_plan import Decision
 
 
 @dataclass(frozen=True)

@@ -170,6 +170,8 @@ class FormatDecl:
         Values of ``quant_method`` that this format claims, lower case.
     files
         Files beside the weights whose presence claims a checkpoint without ``quant_method`` (``smoothquant.ini``).
+    suffixes
+        Endings of tensor names whose presence claims a checkpoint without any config: ``.W_q``.
     opens
         Suffixes of weight files that core cannot read and this format opens itself: ``.gguf``.
     layouts
@@ -188,6 +190,7 @@ class FormatDecl:
     impl: str
     detects: tuple[str, ...] = ()
     files: tuple[str, ...] = ()
+    suffixes: tuple[str, ...] = ()
     opens: tuple[str, ...] = ()
     layouts: tuple[str, ...] = ()
     schemes: tuple[str, ...] = ()

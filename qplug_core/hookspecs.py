@@ -14,7 +14,7 @@ from .decl import ConfigDecl, FormatDecl, KernelDecl, QuantizerDecl
 
 if TYPE_CHECKING:
     from .layer import LayerSpec
-    from .plan import Decision
+    from .quant_plan import Decision
 
 PROJECT = "qplug"
 ENTRY_POINTS = "qplug.plugins"

@@ -11,7 +11,7 @@ from .cover import Cover
 from .errors import SchemeError
 from .format import CheckpointFormat
 from .layer import LayerSpec
-from .plan import CacheDecision
+from .quant_plan import CacheDecision
 from .scheme import QuantScheme, TensorQuant
 
 Wanted = TensorQuant | Literal["16bit"] | None

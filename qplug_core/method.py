@@ -15,7 +15,7 @@ from .errors import CheckpointError, PluginError, SplitRequired
 from .format import CheckpointFormat
 from .kernel import Kernel, PackedWeight, problem_of
 from .layer import LayerSpec, StoredPart
-from .plan import Decision, Segment
+from .quant_plan import Decision, Segment
 from .quantizer import Quantizer
 from .resolve import Choice, Resolver
 from .scheme import QuantScheme

@@ -22,7 +22,7 @@ from .kernel import Problem
 from .kv import kv_scheme, plan_caches
 from .layer import LayerSpec, PlainSlot, StoredPart
 from .method import plain_name
-from .plan import Decision, QuantPlan, Segment
+from .quant_plan import Decision, QuantPlan, Segment
 from .quantizer import online_scheme
 from .registry import Entry, Registry, get_registry
 from .repository import open_checkpoint
@@ -42,6 +42,9 @@ def read_config(source: Source, registry: Registry) -> tuple[QuantizationConfig,
     _check_files(source, registry)
     entries: list[Entry[FormatDecl] | Entry[ConfigDecl]] = [*registry.formats, *registry.configs]
     claimed = [e for e in entries if any(file in source.files for file in e.decl.files)]
+    if declared is None and not claimed:
+        endings = [(e, e.decl.suffixes) for e in registry.formats if e.decl.suffixes]
+        claimed = [e for e, ends in endings if any(name.endswith(ends) for name in source.tensors)]
     if declared is not None and (method := _method(declared)):
         chosen: FormatDecl | ConfigDecl = registry.format_for_method(method).decl
     elif claimed:

@@ -30,7 +30,7 @@ from .support import Refusal
 
 if TYPE_CHECKING:
     from .layer import LayerSpec
-    from .plan import Decision
+    from .quant_plan import Decision
 
 State = Literal["ready", "blocked", "incompatible", "broken"]
 Decl = FormatDecl | KernelDecl | QuantizerDecl | ConfigDecl

@@ -23,7 +23,13 @@ ITEM_BYTES = {
 }  # fmt: skip
 """Bytes of one element by safetensors dtype name."""
 
-CONFIG_FILES = ("quantize_config.json", "quant_config.json", "hf_quant_config.json", "quantization_config.json")
+CONFIG_FILES = (
+    "quantize_config.json",
+    "quant_config.json",
+    "hf_quant_config.json",
+    "quantization_config.json",
+    "quanto_qmap.json",
+)
 FLAG_FILES = ("smoothquant.ini", "pertensorquant.ini")
 HEADER_LIMIT = 100 * 2**20
 
@@ -124,10 +130,11 @@ class Source:
                 continue
         self._maps.clear()
 
-    @property
-    def tokenizer_files(self) -> tuple[Path, dict[str, str]]:
-        """The folder that holds the tokenizer, and what else AutoTokenizer needs to find it there."""
-        return (self.path if self.path.is_dir() else self.path.parent), {}
+    def load_tokenizer(self) -> Any:
+        """The tokenizer beside the weights, by transformers, with whatever transformers raises where there is none."""
+        from transformers import AutoTokenizer
+
+        return AutoTokenizer.from_pretrained(self.path if self.path.is_dir() else self.path.parent)
 
     @property
     def nbytes(self) -> int:

@@ -103,3 +103,13 @@ def test_an_implementation_that_does_not_import_is_a_refusal(site):
 def test_discovery_imports_no_torch():
     code = "import sys, qplug_core, qplug_core.matrix, qplug_core.registry as r; r.get_registry(); print('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "False"
+
+
+def test_no_public_name_is_also_a_submodule():
+    """Importing a submodule binds its name in the package, and a function of that name would be gone."""
+    import pkgutil
+
+    import qplug_core
+
+    modules = {module.name for module in pkgutil.iter_modules(qplug_core.__path__)}
+    assert not modules & set(qplug_core.__all__)

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from ..plan import Decision, QuantPlan
+from ..quant_plan import Decision, QuantPlan
 from ..scheme import QuantScheme
 
 WIDTH = 100

@@ -10,15 +10,14 @@ from typing import Any
 import torch
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
-from transformers import AutoTokenizer, DynamicCache, GenerationConfig, TextIteratorStreamer
+from transformers import DynamicCache, GenerationConfig, TextIteratorStreamer
 
 from ..config import QuantizationConfig
 from ..device import Device
 from ..errors import CheckpointError, UsageError
-from ..layer import PlainSlot
-from ..method import HubMethod, QuantMethod, read_plain
-from ..plan import CacheDecision, Decision, QuantPlan
+from ..method import HubMethod, QuantMethod
 from ..planner import Planner
+from ..quant_plan import CacheDecision, Decision, QuantPlan
 from ..reference.kv_cache import CacheCoder
 from ..registry import Registry, get_registry
 from ..repository import open_checkpoint
@@ -26,10 +25,10 @@ from ..resolve import Policy
 from ..scheme import QuantScheme
 from ..source import Source
 from .cache import Coders, bytes_per_token, quant_cache
-from .describe import Description, describe, up_name
+from .describe import Description, describe
 from .memory import trim
-from .modules import QuantEmbedding, QuantExperts, QuantLinear
 from .names import StoredNames
+from .place import fill_slot, place_experts, place_layer, plain_weight
 from .skeleton import model_config, skeleton
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -73,12 +72,11 @@ class Engine:
         :raises CheckpointError: where there is none.
         """
         if self._tokenizer is None:
-            folder, options = self.source.tokenizer_files
             try:
-                self._tokenizer = AutoTokenizer.from_pretrained(folder, **options)
+                self._tokenizer = self.source.load_tokenizer()
             except (OSError, ValueError, KeyError) as error:
                 raise CheckpointError(
-                    f"{folder} has no tokenizer that loads ({str(error).splitlines()[0]}); put tokenizer.json there"
+                    f"{self.source.path} has no tokenizer that loads ({str(error).splitlines()[0]}); put tokenizer.json there"
                 ) from None
             self._tokenizer.padding_side = "left"
             if self._tokenizer.pad_token_id is None:
@@ -219,7 +217,7 @@ class Engine:
             name = f"{decision.layer.name}.weight"
             if not decision.quantized and name in own and decision.segments[0].parts[0].name + ".weight" in source.tensors:
                 with torch.no_grad():
-                    own[name].copy_(_plain_weight(source, decision))
+                    own[name].copy_(plain_weight(source, decision))
 
 
 def load(
@@ -320,8 +318,8 @@ class _Loader:
                 self.registry.layer_ready(decision.layer, decision)
                 bar.advance(task)
             for slot in self.described.slots:
-                self._slot(slot)
-        self._place_experts(methods)
+                fill_slot(self.model, slot, self.source, self.device)
+        place_experts(self.model, self.described, methods)
         self.model.tie_weights()
         self._check_complete()
         folder = self.source.path if self.source.path.is_dir() else self.source.path.parent
@@ -334,7 +332,7 @@ class _Loader:
         if not decision.quantized and layer.op != "experts":
             name = decision.segments[0].parts[0].name
             if f"{name}.weight" in self.source.tensors and not self._is_redundant(decision):
-                weight = _plain_weight(self.source, decision)
+                weight = plain_weight(self.source, decision)
                 target = self.model.get_submodule(layer.name)
                 target.weight = nn.Parameter(weight.to(self.device, target.weight.dtype), requires_grad=False)
             return None
@@ -343,47 +341,12 @@ class _Loader:
         )
         method.load(self.source)
         if layer.op != "experts":
-            original = self.model.get_submodule(layer.name)
-            module: nn.Module
-            if layer.op == "embedding":
-                module = QuantEmbedding(method, self.dtype, getattr(original, "embed_scale", None))
-            else:
-                module = QuantLinear(method, original.bias)
-            self.model.set_submodule(layer.name, module)
+            place_layer(self.model, decision, method, self.dtype)
         return method
 
     def _is_redundant(self, decision: Decision) -> bool:
         """A tied weight that the file holds twice: the owner's copy is the one."""
         return decision.layer.tied_to is not None and bool(getattr(self.model.config, "tie_word_embeddings", False))
-
-    def _slot(self, slot: PlainSlot) -> None:
-        names = next(
-            (n for n in (*((n,) for n in slot.names), *slot.pieces) if all(i in self.source.tensors for i in n)), None
-        )
-        if names is None:
-            return
-        pieces = [self.source.read(name) for name in names]
-        value = torch.cat(pieces) if len(pieces) > 1 else pieces[0]
-        parent, _, leaf = slot.name.rpartition(".")
-        module = self.model.get_submodule(parent)
-        old = getattr(module, leaf)
-        value = value.view(old.shape).to(self.device, old.dtype)
-        if leaf in module._parameters:
-            module._parameters[leaf] = nn.Parameter(value, requires_grad=False)
-        else:
-            module._buffers[leaf] = value
-        for name in names:
-            self.source.release(name)
-
-    def _place_experts(self, methods: dict[str, QuantMethod]) -> None:
-        for name, count in self.described.experts.items():
-            original = self.model.get_submodule(name)
-            first = up_name(original)
-            up = [methods[f"{name}.{e}.{first}"] for e in range(count)]
-            down = [methods[f"{name}.{e}.down_proj"] for e in range(count)]
-            halves = sum(len(s.parts) for s in up[0].decision.segments) > 1
-            del original._parameters[first], original._parameters["down_proj"]
-            self.model.set_submodule(name, QuantExperts(up, down, original, halves))
 
     def _check_complete(self) -> None:
         empty = [n for n, p in [*self.model.named_parameters(), *self.model.named_buffers()] if p.is_meta]
@@ -391,15 +354,6 @@ class _Loader:
             raise CheckpointError(
                 f"{empty[0]} and {len(empty) - 1} more parameters got no value; the checkpoint does not hold them"
             )
-
-
-def _plain_weight(source: Any, decision: Decision) -> Tensor:
-    pieces = [read_plain(source, decision.layer, part) for segment in decision.segments for part in segment.parts]
-    for segment in decision.segments:
-        for part in segment.parts:
-            if (name := f"{part.name}.weight") in source.tensors:
-                source.release(name)
-    return torch.cat(pieces) if len(pieces) > 1 else pieces[0]
 
 
 def _before(text: str, stop: Sequence[str]) -> str:

@@ -9,8 +9,8 @@ import torch
 
 from ..device import Device
 from ..layer import LayerSpec
-from ..plan import QuantPlan
 from ..planner import Planner
+from ..quant_plan import QuantPlan
 from ..registry import get_registry
 from ..repository import open_checkpoint
 from .describe import describe

@@ -7,10 +7,32 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..errors import UsageError
 from ..method import QuantMethod
 
 
-class QuantLinear(nn.Module):
+class _Packed(nn.Module):
+    """A module whose weights are packed for one device and dtype, and are no parameters that torch could move."""
+
+    def methods(self) -> list[QuantMethod]:
+        """The weights."""
+        raise NotImplementedError
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """What ``.to()``, ``.half()`` and ``.cuda()`` call; biases follow where the weights need not."""
+        method = self.methods()[0]
+        device, dtype = getattr(method, "device", None), getattr(method, "dtype", None)
+        if device is not None and dtype is not None:
+            moved = fn(torch.empty(0, device=device, dtype=dtype))
+            if (moved.device.type, moved.dtype) != (torch.device(device).type, dtype):
+                raise UsageError(
+                    f"{method.decision.layer.name} is packed for {dtype} on {device} and was to become {moved.dtype} on {moved.device}; "
+                    "load the model with that dtype and device instead"
+                )
+        return super()._apply(fn, recurse)
+
+
+class QuantLinear(_Packed):
     """A linear layer whose weight is a QuantMethod. ``bias`` is a parameter of the model, ``[N]`` or None."""
 
     def __init__(self, method: QuantMethod, bias: nn.Parameter | None) -> None:
@@ -18,6 +40,10 @@ class QuantLinear(nn.Module):
         self.method = method
         self.bias = bias
         self.in_features, self.out_features = method.decision.layer.local_k, method.decision.layer.n
+
+    def methods(self) -> list[QuantMethod]:
+        """The one weight."""
+        return [self.method]
 
     def forward(self, x: Tensor) -> Tensor:
         """``[*, K]`` to ``[*, N]``."""
@@ -29,7 +55,7 @@ class QuantLinear(nn.Module):
         return f"{self.in_features}, {self.out_features}, " + ", ".join(f"{s.scheme or '16 bit'}" for s in segments)
 
 
-class QuantEmbedding(nn.Module):
+class QuantEmbedding(_Packed):
     """An embedding whose weight is a QuantMethod; rows come in ``dtype``."""
 
     def __init__(self, method: QuantMethod, dtype: torch.dtype, scale: Tensor | None) -> None:
@@ -38,13 +64,17 @@ class QuantEmbedding(nn.Module):
         self.dtype = dtype
         self.scale = scale
 
+    def methods(self) -> list[QuantMethod]:
+        """The one weight."""
+        return [self.method]
+
     def forward(self, ids: Tensor) -> Tensor:
         """LongTensor ``[*]`` to ``[*, K]``."""
         rows = self.method.apply(ids).to(self.dtype)
         return rows if self.scale is None else rows * self.scale.to(rows.dtype)
 
 
-class QuantExperts(nn.Module):
+class QuantExperts(_Packed):
     """Experts, each with its own two methods: ``gate_up [2I, H]`` (or ``up [I, H]``) and ``down [H, I]``.
 
     Takes the place of a transformers experts module: everything between the router and the sum over experts. Only
@@ -60,6 +90,10 @@ class QuantExperts(nn.Module):
         self.halves = halves and not getattr(original, "is_concatenated", True)
         self.gated = up[0].decision.layer.n == 2 * down[0].decision.layer.k
         self.num_experts = len(up)
+
+    def methods(self) -> list[QuantMethod]:
+        """Of all experts."""
+        return [*self.up, *self.down]
 
     def forward(self, hidden_states: Tensor, *routing: Tensor) -> Tensor:
         """Tokens ``[T, H]``, LongTensor ``[T, k]`` and weights ``[T, k]`` to ``[T, H]``; or tokens sorted by expert alone (Llama 4)."""

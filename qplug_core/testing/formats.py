@@ -144,19 +144,31 @@ def _zero_ranges(scheme: QuantScheme) -> list[tuple[int, int] | None]:
 
 
 def _weight(case: FormatCase, n: int, k: int, seed: int, **options: Any) -> QuantWeight:
-    """A random weight, as the format can hold it, which it says by refusing: second-level scales multiply or divide, and
-    scales that are stored as a multiple have few digits, so that the multiple is exact."""
-    scheme = case.scheme
-    weight = random_weight(scheme, n, k, torch.Generator().manual_seed(seed), **options)
-    local = scheme.act is not None and scheme.act.dynamic == "local"
-    try:
-        load(case.decl.impl).quant_for_scheme(weight)
-    except CannotEncode:
-        if weight.global_scale is None and not local:
-            few = weight.scales.dtype == torch.float32
-            return replace(weight, scales=weight.scales.bfloat16().float()) if few else weight
-        return replace(weight, global_div=weight.global_scale is not None, act_div=local)
+    """A random weight, as the format can hold it, which it says by refusing."""
+    weight = random_weight(case.scheme, n, k, torch.Generator().manual_seed(seed), **options)
+    fmt: CheckpointFormat = load(case.decl.impl)
+    for variant in (weight, *_variants(weight)):
+        try:
+            fmt.quant_for_scheme(variant)
+        except CannotEncode:
+            continue
+        return variant
     return weight
+
+
+def _variants(weight: QuantWeight) -> Iterator[QuantWeight]:
+    """What formats store in its place: divisors for second-level scales; scales of few digits, so that a stored multiple is
+    exact; float16 scales, and then a float16 shift for zero points."""
+    act = weight.scheme.act
+    local = act is not None and act.dynamic == "local"
+    if weight.global_scale is not None or local:
+        yield replace(weight, global_div=weight.global_scale is not None, act_div=local)
+    elif weight.scales.dtype.itemsize > 1:
+        yield replace(weight, scales=weight.scales.bfloat16().float())
+        half = replace(weight, scales=weight.scales.half())
+        yield half
+        if weight.zeros is not None:
+            yield replace(half, zeros=None, shift=(half.scales.float() * weight.zeros).half())
 
 
 def _stored(case: FormatCase, fmt: CheckpointFormat, weight: QuantWeight) -> Iterator[tuple[LayerQuant, dict[str, Tensor]]]:

@@ -63,7 +63,11 @@ class Claim:
 
 
 def decide(
-    config: Mapping[str, Any], asked: str | None, device: Device, registry: Registry, environ: Mapping[str, str] | None = None
+    config: Mapping[str, Any],
+    asked: str | None,
+    device: Device,
+    registry: Registry,
+    environ: Mapping[str, str] | None = None,
 ) -> Claim | None:
     """Who serves a checkpoint with this ``quantization_config``; None where no installed format reads it.
 

@@ -1,0 +1,51 @@
+"""Which method a layer of vLLM gets."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.layers.fused_moe import GateLinear, RoutedExperts
+from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
+
+from ...errors import UsageError
+from .experts import QplugExperts
+from .kv_cache import cache_method
+from .layers import expert_specs, linear_spec, vocabulary_spec
+from .linear import QplugEmbedding, QplugLinear
+
+if TYPE_CHECKING:
+    from .config import QplugConfig
+
+
+def method_for(config: QplugConfig, layer: Any, prefix: str) -> Any:
+    """qplug's method where anything of the layer is quantized, else what vLLM takes for "leave it"."""
+    dtype = getattr(layer, "params_dtype", None) or torch.get_default_dtype()
+    config.planner(dtype)
+    if isinstance(layer, LinearBase):
+        if isinstance(layer, GateLinear) and config.online() is not None:
+            return UnquantizedLinearMethod()  # A router decides by small differences, and no producer quantizes it.
+        spec = linear_spec(layer, prefix, config.packed_modules_mapping, config.stored)
+        (decision,) = config.plan([spec], dtype).decisions
+        return QplugLinear(config, decision, dtype) if decision.quantized else UnquantizedLinearMethod()
+    if isinstance(layer, VocabParallelEmbedding):
+        head = isinstance(layer, ParallelLMHead)
+        tied = "embed_tokens" if head and config.tied else None
+        spec = vocabulary_spec(layer, prefix, "lm_head" if head else "embedding", tied, config.stored)
+        (decision,) = config.plan([spec], dtype).decisions
+        if not decision.quantized:
+            return None
+        if config.tied:
+            raise UsageError(
+                f"{prefix} is quantized and tied, which qplug does not serve in vLLM; load the model with qplug's own engine"
+            )
+        return (QplugLinear if head else QplugEmbedding)(config, decision, dtype)
+    if isinstance(layer, RoutedExperts):
+        pairs = expert_specs(layer, prefix, config.stored)
+        decisions = config.plan([spec for pair in pairs for spec in pair], dtype).decisions
+        return QplugExperts(config, layer.moe_config, decisions, dtype) if any(d.quantized for d in decisions) else None
+    if isinstance(layer, Attention):
+        return cache_method(config, layer, prefix)
+    return None
