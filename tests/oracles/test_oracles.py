@@ -20,11 +20,11 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import qplug_core
-from qplug_core.errors import ConfigError
+from qplug_core.errors import ConfigError, DecodeError
 from qplug_core.weight import OpaqueWeight, QuantWeight
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from conftest import oracles
+from conftest import DATA, oracles
 
 SPOILED = {"qwen2-transformers-fp8block-ragged-garbage": "gave up on quantizing"}
 """Files that their producer spoiled, which have to be refused, and what the refusal says."""
@@ -218,3 +218,25 @@ def test_multiplying_by_the_global_activation_scale_fails(folder):
     for _, weight in weights(engine):
         weight.act_scale, weight.act_div = weight.act_scale.reciprocal(), not weight.act_div
     assert distance(output(engine, ref["input_ids"]), ref["tool"]) > 5e-3
+
+
+ACT_ORDER = DATA / "gptqmodel-w4-g128-sym-descact"
+
+
+def test_an_ignored_act_order_fails(tmp_path):
+    wrong = spoilt(ACT_ORDER, tmp_path / "wrong", (".g_idx",), lambda t: (torch.arange(len(t)) // 128).int())
+    assert weight_error(wrong, reference(ACT_ORDER))[0] > 0.05
+
+
+def test_vllm_26343_a_zero_point_off_by_one_is_refused(tmp_path):
+    """Also vLLM 14126: v2 zero points that are called v1 gave "!!!!"."""
+    wrong = spoilt(ACT_ORDER, tmp_path / "wrong", (".qzeros",), lambda t: t + 0x11111111)
+    with pytest.raises(DecodeError, match="gptq_v2"):
+        qplug_core.load(wrong, dtype="float32")
+
+
+def test_one_scale_for_each_token_is_not_what_that_producer_ran():
+    """The cause that PER_EXPERT_SCALE states is one: without it, those logits are not the tool's."""
+    for folder in (f for f in oracles() if f.name in PER_EXPERT_SCALE):
+        ref = reference(folder)
+        assert distance(output(load(folder, "bfloat16", True), ref["input_ids"]), ref["tool"]) > 1e-2
