@@ -42,9 +42,9 @@ def qplug_quantizers() -> list[QuantizerDecl]:
             impl="qplug_core.quantizer:RoundToNearest",
             schemes=(
                 f"W{{2,3,4,5,6,7,8}}A{{16,8,fp8}} {integers} a:token|g*|token.asym|tensor rules=127|127.5",
-                f"W{{4,8}}A4 {integers} a:token|g*|token.asym",
+                f"W{{2,3,4,5,6,7,8}}A4 {integers} a:token|g*|token.asym rules=127.5",
                 f"W{{fp8,fp8e5m2}}A{{16,fp8,8}} {floats} a:token|g*|tensor",
-                "W{nf4,fp4bnb,fp4}A{16,8,fp8} g* a:token|g*",
+                "W{nf4,fp4bnb,fp4}A{16,8,fp8} channel|g* a:token|g*",
                 "Wmxfp4A{16,fp8,mxfp4,mxfp8} g32 a:token|g*",
                 "Wmxfp8A{16,mxfp8} g32 a:g*",
                 "Wnvfp4A{16,fp8} g16 a:token|g*",

@@ -7,7 +7,7 @@ import math
 import mmap
 import struct
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -112,6 +112,25 @@ class Source:
         result = torch.empty(cut.shape, dtype=cut.dtype)
         result.copy_(cut)
         return result
+
+    def split(self, name: str, pieces: Sequence[tuple[str, int]]) -> None:
+        """See a tensor ``[..., K]`` as several: consecutive rows of it, under names of their own; ``name`` is gone then.
+
+        ``pieces``: names and numbers of rows, all leading axes flattened, in the order of the file.
+
+        :raises ValueError: where they are not all rows.
+        """
+        info = self.tensors[name]
+        rows, width = math.prod(info.shape[:-1]), info.shape[-1]
+        if sum(count for _, count in pieces) != rows:
+            raise ValueError(f"{name} {list(info.shape)} was to be split into {sum(count for _, count in pieces)} rows")
+        row_bytes = (info.stop - info.start) // rows if rows else 0
+        start = info.start
+        del self.tensors[name]
+        for piece, count in pieces:
+            stop = start + count * row_bytes
+            self.tensors[piece] = TensorInfo(piece, info.dtype, (count, width), info.file, start, stop)
+            start = stop
 
     def release(self, name: str) -> None:
         """Give the pages of a tensor back to the system, once its layer is loaded."""

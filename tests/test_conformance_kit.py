@@ -73,7 +73,7 @@ class ToyFormat(CheckpointFormat):
         return LayerQuant(weight.scheme, "toy")
 
     def check(self, weight):
-        if weight.k % 2 or (weight.zeros is not None and int(weight.zeros.max()) > 15):
+        if weight.shift is not None or weight.k % 2 or (weight.zeros is not None and int(weight.zeros.max()) > 15):
             raise CannotEncode("an even number of columns and zero points to 15 are needed")
 
     def tensors(self, quant):

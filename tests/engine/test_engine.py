@@ -210,3 +210,10 @@ def test_experts_are_packed_and_only_those_chosen_run():
     engine.logits(torch.tensor([[5]]))
     touched = {name.split(".experts.")[1].split(".")[0] for name in calls if name.startswith("model.layers.0")}
     assert len(touched) == engine.model.config.num_experts_per_tok
+
+
+def test_a_layer_narrower_than_a_group_is_one_group(llama):
+    """128 columns in groups of 128, and 64 columns, in types that are otherwise always grouped."""
+    for scheme in ("WNF4A16_g128", "Wfp4bnbA16_g128", "W4A4_g128_a:rule=127.5"):
+        plan = qplug_core.load(llama, quantize=scheme).plan
+        assert plan["model.layers.0.self_attn.q_proj"].segments[0].scheme.weight.granularity == "channel"

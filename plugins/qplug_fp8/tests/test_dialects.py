@@ -164,16 +164,52 @@ def test_experts_in_one_tensor(tmp_path: Path) -> None:
     assert error(tmp_path / "moe", logits(model)) < 1e-6
 
 
-def test_transformers_5_fused_scales_of_single_experts_are_refused_with_a_remedy(tmp_path: Path) -> None:
-    quantize, config, _ = DIALECTS["deepseek-v3"]
-    make(tmp_path / "m", quantize, config)
-    tensors = load_file(tmp_path / "m" / "model.safetensors")
-    experts = "model.layers.0.mlp.experts"
-    tensors[f"{experts}.0.gate_proj.weight"] = torch.zeros(128, 128).to(torch.float8_e4m3fn)
-    tensors[f"{experts}.gate_up_proj_scale_inv"] = torch.ones(1, 2, 1)
-    save_file(tensors, tmp_path / "m" / "model.safetensors")
-    with pytest.raises(ConfigError, match="each expert needs a weight_scale_inv of its own"):
-        qplug_core.load(tmp_path / "m", dtype="float32", kernels="reference")
+def fused_scales(tmp_path: Path) -> tuple[Path, torch.Tensor]:
+    """A mixtral with codes for each expert and the scales of all of them in one tensor, as transformers 5 saves it."""
+    sizes = {"num_local_experts": 4, "num_experts_per_tok": 2}
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("mixtral", **{**SIZES, **sizes}), dtype=torch.float32)
+    tensors: dict[str, torch.Tensor] = {}
+    for name, value in model.state_dict().items():
+        if "self_attn" in name and value.ndim == 2:
+            stored, meant = by_block(64, 32)(value * 3)
+            tensors |= {f"{name.removesuffix('.weight')}.{key}": tensor for key, tensor in stored.items()}
+            value.copy_(meant)
+        elif ".experts." not in name:
+            tensors[name] = value
+        else:
+            scales = []
+            for e, matrix in enumerate(value):
+                halves = matrix.chunk(2) if "gate_up" in name else (matrix,)
+                for half, part in zip(
+                    halves, ("gate_proj", "up_proj") if "gate_up" in name else ("down_proj",), strict=True
+                ):
+                    stored, meant = by_block(64, 32)(half * 3)
+                    tensors[f"{name.rpartition('.')[0]}.{e}.{part}.weight"] = stored["weight"]
+                    scales.append(stored["weight_scale_inv"])
+                    half.copy_(meant)
+            tensors[f"{name}_scale_inv"] = torch.cat(scales).view(len(value), -1, scales[0].shape[1])
+    config = {**BLOCK, "weight_block_size": [64, 32], "modules_to_not_convert": ["gate", "lm_head"]}
+    write(tmp_path / "moe", model.config, tensors, config)
+    return tmp_path / "moe", logits(model)
+
+
+def test_transformers_5_fused_scales_of_single_experts(tmp_path: Path) -> None:
+    folder, expected = fused_scales(tmp_path)
+    assert error(folder, expected) < 1e-6
+    tensors = load_file(folder / "model.safetensors")
+    swapped = {n: t.flip(0) if n.endswith("gate_up_proj_scale_inv") else t for n, t in tensors.items()}
+    save_file({n: t.contiguous() for n, t in swapped.items()}, folder / "model.safetensors")
+    assert error(folder, expected) > 1e-3
+
+
+def test_transformers_5_fused_scales_of_fewer_experts_are_refused(tmp_path: Path) -> None:
+    folder, _ = fused_scales(tmp_path)
+    tensors = load_file(folder / "model.safetensors")
+    short = {n: t[:3].contiguous() if n.endswith("down_proj_scale_inv") else t for n, t in tensors.items()}
+    save_file(short, folder / "model.safetensors")
+    with pytest.raises(ConfigError, match=r"experts\.3\.down_proj\.weight is stored"):
+        qplug_core.load(folder, dtype="float32", kernels="reference")
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from qplug_core.errors import CannotEncode, ConfigError
 from qplug_core.match import Matcher
 from qplug_core.scheme import QuantScheme, TensorQuant
 
-from .headers import Found, ModuleSet, block_of, modules_meant, survey
+from .headers import Found, ModuleSet, block_of, modules_meant, split_expert_scales, survey
 from .layouts import BLOCKS, LAYOUTS
 from .match import ignored
 
@@ -63,8 +63,12 @@ def parse(source: Source) -> QuantizationConfig:
     method = str(raw.get("quant_method") or "fp8").lower()
     _check_keys(raw)
     said = _said(raw)
-    found = survey(source.tensors)
     inferred: list[str] = []
+    if count := split_expert_scales(source):
+        inferred.append(
+            f"{count} tensors hold the scales of all experts of a layer, as transformers 5 saves them: read one by one"
+        )
+    found = survey(source.tensors)
     rules = ignored(raw, "FP8")
     converted = _converted(raw)
     rules += [Rule(m, _embedding(said), origin="modules_to_convert") for m in converted]

@@ -9,7 +9,7 @@ from qplug_core.axes import FLOATS
 from qplug_core.config import ModuleName
 from qplug_core.errors import ConfigError
 from qplug_core.match import Matcher, Named
-from qplug_core.source import TensorInfo
+from qplug_core.source import Source, TensorInfo
 
 from .layouts import LAYOUTS, PLAIN, Layout
 
@@ -40,6 +40,43 @@ class Found:
         if all(length == 1 for length in self.scale_shape):
             return "tensor"
         return "channel" if self.scale_shape in ((n,), (n, 1)) else "block"
+
+
+EXPERT_SCALES = {"gate_up_proj_scale_inv": ("gate_proj", "up_proj"), "down_proj_scale_inv": ("down_proj",)}
+"""Scales of all experts of a layer in one tensor ``[E, rows, columns]``, and the projections that its rows belong to."""
+
+
+def split_expert_scales(source: Source) -> int:
+    """Scales of all experts, where codes are stored one expert at a time (transformers 5), under a name for each; how many were split.
+
+    :raises ConfigError: where their number or rows do not fit the experts that are stored.
+    """
+    found = [name for name in source.tensors if name.endswith(tuple(f".experts.{ending}" for ending in EXPERT_SCALES))]
+    count = 0
+    for name in found:
+        parent, _, ending = name.rpartition(".")
+        if name.removesuffix("_scale_inv") in source.tensors:
+            continue
+        parts, shape = EXPERT_SCALES[ending], source.tensors[name].shape
+        modules = [[f"{parent}.{e}.{part}" for part in parts] for e in range(shape[0])]
+        beyond = f"{parent}.{shape[0]}.{parts[0]}.weight"
+        missing = [m for group in modules for m in group if f"{m}.weight" not in source.tensors]
+        if len(shape) != 3 or shape[1] % len(parts) or missing or beyond in source.tensors:
+            wrong = (
+                f"{missing[0]}.weight is not stored"
+                if missing
+                else f"{beyond} is stored"
+                if beyond in source.tensors
+                else "rows"
+            )
+            raise ConfigError(
+                f"{name} has shape {list(shape)} and {wrong}; scales of all experts, {' and '.join(parts)} of equal height, were "
+                "needed, so save the checkpoint again"
+            )
+        rows = shape[1] // len(parts)
+        source.split(name, [(f"{module}.weight_scale_inv", rows) for group in modules for module in group])
+        count += 1
+    return count
 
 
 def survey(tensors: Mapping[str, TensorInfo]) -> list[Found]:
@@ -84,13 +121,7 @@ def _found(module: str, family: tuple[Layout, ...], info: TensorInfo, scale: Ten
 
 
 def _check_scale_without_codes(name: str, info: TensorInfo, tensors: Mapping[str, TensorInfo]) -> None:
-    if name.endswith(("experts.gate_up_proj_scale_inv", "experts.down_proj_scale_inv")):
-        if name.removesuffix("_scale_inv") not in tensors:
-            raise ConfigError(
-                f"{name} holds the scales of all experts and the codes are stored one expert at a time, as transformers 5 "
-                "saves them; each expert needs a weight_scale_inv of its own, so split the scales or fetch the published checkpoint"
-            )
-    elif name.endswith(".weight_scale_inv"):
+    if name.endswith(".weight_scale_inv"):
         weight = tensors.get(name.removesuffix("_scale_inv"))
         if weight is not None and weight.dtype in FLOATS:
             raise ConfigError(

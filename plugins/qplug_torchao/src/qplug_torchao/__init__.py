@@ -1,0 +1,1 @@
+"""torchao checkpoints for qplug: the safetensors form of its tensor classes."""
