@@ -178,6 +178,9 @@ class FormatDecl:
         Storage variants that its decoder knows; other formats may use them by name.
     schemes
         Patterns of all schemes that it stores.
+    reference
+        Patterns of those of its schemes whose weights have what a pattern cannot say and kernels of the scheme refuse, a shift or
+        an opaque encoding: the capability report counts on the reference kernel for them.
     ops
         Operations whose weights it stores.
     writes
@@ -194,13 +197,14 @@ class FormatDecl:
     opens: tuple[str, ...] = ()
     layouts: tuple[str, ...] = ()
     schemes: tuple[str, ...] = ()
+    reference: tuple[str, ...] = ()
     ops: tuple[Op, ...] = ("linear",)
     writes: bool = True
     summary: str = ""
 
     def __post_init__(self) -> None:
         _check_ops(self.name, self.ops)
-        for text in self.schemes:
+        for text in (*self.schemes, *self.reference):
             SchemePattern(text)
 
 

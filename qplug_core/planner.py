@@ -144,7 +144,7 @@ class Planner:
             self.cover.check({**ROTARY, **self.config.ignorable}, complete)
         except CoverError as error:
             raise CoverError(f"{self.source.path}: {error}") from None
-        if self.online and not any(d.quantized for d in decisions):
+        if self.online and complete and not any(d.quantized for d in decisions):
             raise UsageError(f"quantize={self._online_name} was asked for and the model has no layer that takes it")
         return QuantPlan(
             source=str(self.source.path),
@@ -188,6 +188,8 @@ class Planner:
         if len(runs) > 1:
             notes.append("its parts have different quantizations, so they run as separate weights")
         segments = tuple(self._segment(layer, tuple(run), quant) for run, quant in runs)
+        if layer.op in self.online and not layer.online:
+            notes.append("it is no part of the language model, and quantization at load leaves it at 16 bit")
         if any(segment.weight_only for segment in segments):
             notes.append("activations stay 16 bit, as activations='16bit' asks, though the scheme quantizes them")
         return Decision(layer, segments, tuple(notes))
@@ -282,7 +284,7 @@ class Planner:
 
     def _segment(self, layer: LayerSpec, parts: tuple[StoredPart, ...], quant: LayerQuant | None) -> Segment:
         online = None
-        wanted = self.online.get(layer.op)
+        wanted = self.online.get(layer.op) if layer.online else None
         if quant is None and wanted is not None:
             online = online_scheme(wanted, layer.local_k)
         scheme = online or (quant.scheme if quant else None)

@@ -11,11 +11,14 @@ import pytest
 import torch
 
 from qplug_core import LayerSpec, Policy, StoredPart
+from qplug_core.config import QuantizationConfig
+from qplug_core.decl import FormatDecl
 from qplug_core.device import Device
-from qplug_core.errors import CoverError, NoKernel
+from qplug_core.errors import ConfigError, CoverError, NoKernel
 from qplug_core.method import HubMethod
-from qplug_core.planner import Planner, plan
-from qplug_core.source import Source
+from qplug_core.planner import Planner, plan, read_config
+from qplug_core.registry import Entry, PluginRow, Registry
+from qplug_core.source import MemorySource, Source
 
 sys.path.insert(0, str(Path(__file__).parent))
 from conftest import DATA
@@ -134,3 +137,28 @@ def test_a_wrong_shape_is_an_error():
     layer = replace(spec(W3, "model.layers.0.mlp.up_proj"), n=500)
     with pytest.raises(CoverError, match=r"up_proj\.qweight"):
         plan(W3, [layer], device="cpu")
+
+
+def test_names_of_tensors_claim_a_checkpoint_without_a_config():
+    """HQQ's own files say nothing but what their tensors are called; a config that is there comes first."""
+
+    class Format:
+        def parse(self, source):
+            return QuantizationConfig("odd", [])
+
+    row = PluginRow("odd", "dist-odd", "1.0", "1.0", "ready")
+    decls = [
+        FormatDecl(name, impl="odd.code:Format", detects=(name,), suffixes=ends)
+        for name, ends in {"odd": (".W_q",), "even": ()}.items()
+    ]
+    registry = Registry([row], formats=[Entry(decl, row) for decl in decls])
+    registry._loaded = {(FormatDecl, decl.name, decl.impl): Format() for decl in decls}
+
+    def method(name, config=None):
+        infos = MemorySource({name: torch.zeros(1)}).tensors
+        return read_config(Source(Path("memory"), {}, config, "config.json", {}, infos, {}), registry)[0].method
+
+    assert method("model.up_proj.W_q") == "odd"
+    assert method("model.up_proj.weight") == ""
+    with pytest.raises(ConfigError, match="no quant_method"):
+        method("model.up_proj.W_q", {"bits": 4})

@@ -1,0 +1,1 @@
+"""HQQ for qplug: half-quadratic quantization, with zero points that are no integers."""
