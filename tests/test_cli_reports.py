@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
-from plugins import install
+from distributions import install
 
 
 def qplug(*arguments, cwd, env=None, site=None):

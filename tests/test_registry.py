@@ -12,7 +12,7 @@ from qplug_core.errors import PluginError, UsageError
 from qplug_core.registry import Registry
 
 sys.path.insert(0, str(Path(__file__).parent))
-from plugins import GOOD, install
+from distributions import GOOD, install
 
 
 @pytest.fixture

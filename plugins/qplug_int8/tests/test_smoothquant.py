@@ -16,6 +16,7 @@ from qplug_int8.smoothquant import STYLES, SmoothQuantFormat
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+import qplug_core
 from qplug_core.config import LayerQuant, ModuleName
 from qplug_core.errors import CannotEncode, CheckpointError, ConfigError, CoverError, DecodeError
 from qplug_core.layer import LayerSpec, PlainSlot, StoredPart
@@ -487,3 +488,42 @@ def llama_folder(folder: Path) -> Path:
     (folder / "config.json").write_text(json.dumps(config.to_dict()))
     (folder / "smoothquant.ini").write_text("[llama]\nsmoothquant = 0.5\n")
     return folder
+
+
+RTP_NAMES = {
+    "self_attn.o_proj": "attention.dense", "mlp.gate_proj": "mlp.fc", "mlp.up_proj": "mlp.gate", "mlp.down_proj": "mlp.proj",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("root", "style"), [("model", "smooth_quant_col"), ("transformer", "smooth_quant_trt")])
+def test_a_llama_of_other_names_loads(tmp_path: Path, root: str, style: str) -> None:
+    """A whole folder as RTP-LLM's converter for Llama and TensorRT-LLM name it: merged qkv, fc for gate, gate for up."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = LlamaConfig(**sizes, num_key_value_heads=2, head_dim=8, tie_word_embeddings=False)
+    model = LlamaForCausalLM(config).eval()
+    stored: dict[str, Tensor] = {}
+    state = model.state_dict()
+    for i in range(2):
+        at, theirs = f"model.layers.{i}", f"{root}.layers.{i}"
+        qkv = torch.cat([state.pop(f"{at}.self_attn.{p}_proj.weight") for p in "qkv"])
+        stored |= named(layer(style, qkv, None), f"{theirs}.attention.{'query_key_value' if root == 'model' else 'qkv'}")
+        for ours, name in RTP_NAMES.items():
+            weight = state.pop(f"{at}.{ours}.weight")
+            smoother = torch.linspace(0.5, 2, weight.shape[1]) if ours.endswith(("o_proj", "down_proj")) else None
+            stored |= named(layer(style, weight, smoother), f"{theirs}.{name}")
+        stored[f"{theirs}.post_layernorm.weight"] = state.pop(f"{at}.post_attention_layernorm.weight")
+        stored[f"{theirs}.input_layernorm.weight"] = state.pop(f"{at}.input_layernorm.weight")
+    if root == "transformer":
+        stored["transformer.vocab_embedding.weight"] = state.pop("model.embed_tokens.weight")
+        stored["transformer.ln_f.weight"] = state.pop("model.norm.weight")
+    config.save_pretrained(tmp_path)
+    save_file({n: t.contiguous() for n, t in {**stored, **state}.items()}, tmp_path / "model.safetensors")
+    (tmp_path / "smoothquant.ini").write_text("[llama]\n")
+    ids = torch.arange(3, 19)[None]
+    expected = model(input_ids=ids).logits.detach()
+    engine = qplug_core.load(tmp_path, dtype="float32", kernels="reference", activations="16bit")
+    assert relative(engine.logits(ids), expected) < 0.02
+    assert all(d.quantized for d in engine.plan.decisions if d.layer.op == "linear")

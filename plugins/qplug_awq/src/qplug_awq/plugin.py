@@ -41,5 +41,17 @@ def qplug_kernels() -> list[KernelDecl]:
             # The same code as gptq.cpu_wna16, which takes more schemes and goes first where both are installed.
             rank=OPTIMIZED - 1,
             summary="x86 vector units, codes unpacked in registers",
-        )
+        ),
+        KernelDecl(
+            "awq.triton_w4a16",
+            impl="qplug_awq.kernels.triton_w4a16:TritonW4A16",
+            ops=("linear", "experts", "lm_head"),
+            schemes=(W4A16,),
+            devices=("sm_80+", "gfx90a+", "gfx11*", "gfx12*"),
+            # The same code as gptq.triton_wna16, as on the CPU.
+            rank=OPTIMIZED - 1,
+            dtypes=("bfloat16", "float16"),
+            requires=("triton>=3.6",),
+            summary="GPU matrix units, codes unpacked in registers",
+        ),
     ]

@@ -73,5 +73,16 @@ def qplug_kernels() -> list[KernelDecl]:
             devices=("avx2",),
             rank=OPTIMIZED,
             summary="x86 vector units, codes unpacked in registers",
-        )
+        ),
+        KernelDecl(
+            "gptq.triton_wna16",
+            impl="qplug_gptq.kernels.triton_wna16:TritonWNA16",
+            ops=("linear", "experts", "lm_head"),
+            schemes=SCHEMES,
+            devices=("sm_80+", "gfx90a+", "gfx11*", "gfx12*"),
+            rank=OPTIMIZED,
+            dtypes=("bfloat16", "float16"),
+            requires=("triton>=3.6",),
+            summary="GPU matrix units, codes unpacked in registers",
+        ),
     ]

@@ -69,6 +69,15 @@ KNOWN: dict[str, tuple[Any, ...]] = {
     "quant_method": ("smooth_quant", "smoothquant"), "bits": (8,), "w_bits": (8,), "quant_dtype": ("int8",), "group_size": (0, -1),
 }  # fmt: skip
 METADATA = ("quant_type", "alpha", "version", "producer")
+NAMES = {
+    "attention.query_key_value": "self_attn.qkv_proj", "attention.qkv": "self_attn.qkv_proj", "attention.dense": "self_attn.o_proj",
+    "mlp.fc": "mlp.gate_proj", "mlp.gate": "mlp.up_proj", "mlp.proj": "mlp.down_proj",
+    "post_layernorm": "post_attention_layernorm",
+}  # fmt: skip
+"""Modules of a layer as FasterTransformer called them, and the converters of RTP-LLM and TensorRT-LLM after it. Its ``fc`` is the
+gate, and its ``gate`` is what Llama calls up."""
+MODULE = re.compile(rf"^(transformer|model)\.layers\.(\d+)\.({'|'.join(map(re.escape, NAMES))})\.(.+)$")
+OUTSIDE = {"transformer.vocab_embedding.": "model.embed_tokens.", "transformer.ln_f.": "model.norm."}
 RANK_CUT = re.compile(r"\.(?:weight\.int8|scale_\w+_quant|scale_\w+_orig)(?:\.col)?\.\d+$|\.smoother\.\d+$")
 FUSED_NORM = {
     "scale_to_int": "1.0 in checkpoints with dynamic activation scales: an input of TensorRT-LLM's fused layer norm"
@@ -97,6 +106,18 @@ class SmoothQuantFormat(CheckpointFormat):
         return QuantizationConfig(
             "smooth_quant", rules, inferred=inferred, metadata=metadata, ignorable=dict(FUSED_NORM) if trt else {}
         )
+
+    def model_name(self, stored: str) -> str:
+        """Names of RTP-LLM's Llama converter and of TensorRT-LLM as Hugging Face's; Hugging Face's own stay."""
+        if found := MODULE.match(stored):
+            root, layer, module, tensor = found.groups()
+            # A router of Hugging Face is called mlp.gate too, and is a plain weight.
+            if not (root == "model" and module == "mlp.gate" and tensor == "weight"):
+                return f"model.layers.{layer}.{NAMES[module]}.{tensor}"
+        for start, renamed in OUTSIDE.items():
+            if stored.startswith(start):
+                return renamed + stored.removeprefix(start)
+        return f"model.{stored.removeprefix('transformer.')}" if stored.startswith("transformer.layers.") else stored
 
     def tensors(self, quant: LayerQuant) -> tuple[StoredTensor, ...]:
         """See the table above."""

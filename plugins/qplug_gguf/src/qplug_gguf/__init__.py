@@ -1,0 +1,1 @@
+"""GGUF checkpoints: what llama.cpp writes, as weights of the hub."""

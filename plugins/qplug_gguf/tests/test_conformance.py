@@ -1,0 +1,5 @@
+from qplug_core.testing import PluginConformance
+
+
+class TestConformance(PluginConformance):
+    plugin = "gguf"
