@@ -1,6 +1,6 @@
 """Linear kernels on this CPU, side by side with torch's own and with the read limit of the memory, all in one run.
 
-    python benchmarks/cpu_linear.py [--threads 2] [--quick] [--json OUT]
+    python benchmarks/cpu_linear.py [--threads 2] [--quick] [--json OUT] [--schemes W4A16_g128,Wfp8A16]
 
 Every call reads other copies of the weight than the last one, together larger than the cache. Contenders take turns in rounds; a time
 is the 10th percentile of all calls. GB/s counts the packed weight, scales included. The error is relative Frobenius, against
@@ -15,7 +15,7 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 
@@ -25,8 +25,9 @@ from torch import Tensor
 
 from qplug_core.device import Device
 from qplug_core.kernels import builder
+from qplug_core.kernels.cpu_emulated import CpuEmulated
 from qplug_core.kernels.cpu_w8a8 import CpuInt8
-from qplug_core.kernels.cpu_weight_only import CpuWeightOnly
+from qplug_core.kernels.cpu_weight_only import TYPES, CpuWeightOnly
 from qplug_core.scheme import QuantScheme
 from qplug_core.testing.weights import random_weight
 
@@ -74,7 +75,12 @@ class Row:
 
 class WeightOnly(CpuWeightOnly):
     name = "benchmark"
-    bits = (2, 3, 4, 8)
+    numbers = tuple(TYPES)
+
+
+class Emulated(CpuEmulated):
+    name = "benchmark"
+    numbers = tuple(TYPES)
 
 
 class Int8(CpuInt8):
@@ -98,7 +104,7 @@ def copies(nbytes: int, make: Callable[[], Call]) -> list[Call]:
 
 def ours(scheme: str, n: int, k: int, dtype: torch.dtype) -> Contender:
     parsed = QuantScheme.parse(scheme)
-    kernel = WeightOnly() if parsed.act is None else Int8()
+    kernel = WeightOnly() if parsed.act is None else Int8() if scheme.startswith("W8A8") else Emulated()
     weight = random_weight(parsed, n, k, torch.Generator().manual_seed(0), scale_dtype=torch.float16)
     packed = kernel.pack(weight)
 
@@ -163,15 +169,44 @@ def int_mm(n: int, k: int) -> Contender:
     )
 
 
-def contenders(n: int, k: int) -> list[Contender]:
+SCHEMES = (
+    "W2A16_g128", "W3A16_g128", "W4A16_g128", "W4A16_g128_asym", "W4A16_g32", "WNF4A16", "Wnvfp4A16", "Wmxfp4A16", "W8A16", "Wfp8A16",
+    "Wfp8A16_b128x128", "W8A8", "W4A8_g128", "Wfp8Afp8_b128x128",
+)  # fmt: skip
+
+
+def onednn_int8(n: int, k: int) -> Contender:
+    """oneDNN's W8A8 as torch calls it, with one scale for x that is given: nothing is computed from x but its codes."""
+    codes = torch.randint(-127, 128, (n, k), dtype=torch.int8)
+    scales = torch.rand(n) * 0.01 + 0.005
+    zeros = torch.zeros(n, dtype=torch.int64)
+    calls: list[Call] = []
+    for _ in range(max(1, -(-CACHE // codes.nbytes))):
+        packed = torch.ops.onednn.qlinear_prepack(codes.clone(), None)
+
+        def call(x: Tensor, packed: Tensor = packed) -> Tensor:
+            q = torch.clamp(torch.round(x.float() / 0.05) + 128, 0, 255).to(torch.uint8)
+            y: Tensor = torch.ops.onednn.qlinear_pointwise(
+                q, 0.05, 128, packed, scales, zeros, None, 1.0, 0, torch.bfloat16, "none", [], ""
+            )
+            return y
+
+        calls.append(call)
+    return Contender(
+        "onednn.qlinear_pointwise, given scale", calls, codes.nbytes, torch.bfloat16, codes.float() * scales[:, None]
+    )
+
+
+def contenders(n: int, k: int, schemes: Sequence[str]) -> list[Contender]:
     bf16 = torch.bfloat16
     return [
-        *(ours(s, n, k, bf16) for s in ("W2A16_g128", "W3A16_g128", "W4A16_g128", "W4A16_g128_asym", "W8A16", "W8A8")),
+        *(ours(s, n, k, bf16) for s in schemes),
         ours("W4A16_g128", n, k, torch.float32),
         plain(n, k, torch.float32),
         plain(n, k, bf16),
         int8pack(n, k),
         int4pack(n, k),
+        onednn_int8(n, k),
         int_mm(n, k),
     ]
 
@@ -230,8 +265,8 @@ def overhead() -> dict[str, float]:
     y = torch.empty(1, 16).bfloat16()
     function = module._function()
     arguments = (
-        y.data_ptr(), x.data_ptr(), t["codes"].data_ptr(), t["scales"].data_ptr(), None, t["segments"].data_ptr(), None, None,
-        1, 16, 32, 32, 1, 1, 4, 1, 0, 0, 1,
+        y.data_ptr(), x.data_ptr(), t["codes"].data_ptr(), None, t["scales"].data_ptr(), None, None, t["segments"].data_ptr(), None, None,
+        None, 1, 16, 32, 32, 1, 1, 0, packed.meta["type"], 1, 1, 0, 0, 1,
     )  # fmt: skip
     int8 = Int8()
     int8_packed = int8.pack(random_weight(QuantScheme.parse("W8A8"), 16, 32))
@@ -240,7 +275,7 @@ def overhead() -> dict[str, float]:
     calls: dict[str, Callable[[], object]] = {
         "C function through ctypes": lambda: function(*arguments),
         "operation qplug::weight_only": lambda: operation(
-            x, t["codes"], t["scales"], None, t["segments"], None, None, 16, 4
+            x, t["codes"], None, t["scales"], None, None, t["segments"], None, None, None, 16, packed.meta["type"], 0, None
         ),
         "apply of weight-only": lambda: kernel.apply(x, packed),
         "apply of W8A8": lambda: int8.apply(x, int8_packed),
@@ -278,6 +313,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seconds", type=float, default=1.0, help="for each contender, shape and M")
     parser.add_argument("--quick", action="store_true", help="the first shape only")
+    parser.add_argument("--schemes", default=",".join(SCHEMES), help="ours, with commas")
     parser.add_argument("--json", metavar="OUT")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -291,7 +327,7 @@ def main() -> None:
     rows, limits = [], []
     with torch.inference_mode():
         for shape in SHAPES[:1] if options.quick else SHAPES:
-            group = contenders(*shape)
+            group = contenders(*shape, options.schemes.split(","))
             for m in TOKENS:
                 limits.append(read_limit(8))
                 print(f"\n[N, K] = {list(shape)}, M = {m}, read limit {limits[-1]:.1f} GB/s")

@@ -13,8 +13,10 @@ if TYPE_CHECKING:
     from .layer import LayerSpec as LayerSpec
     from .layer import PlainSlot as PlainSlot
     from .layer import StoredPart as StoredPart
-    from .quant_plan import QuantPlan as QuantPlan
+    from .module import quantize_module as quantize_module
+    from .offline import quantize as quantize
     from .planner import plan as plan
+    from .quant_plan import QuantPlan as QuantPlan
     from .resolve import Policy as Policy
     from .scheme import QuantScheme as QuantScheme
 
@@ -32,6 +34,8 @@ _HOMES = {
     "hookimpl": "hookspecs",
     "load": "engine.engine",
     "plan": "planner",
+    "quantize": "offline",
+    "quantize_module": "module",
 }
 
 __all__ = [*_HOMES, "__version__"]

@@ -31,6 +31,7 @@ SCHEME_WORDS = {
     # FastDeploy --quantization
     "wint8": "W8A16",
     "wint4": "W4A16_channel",
+    "wint2": "Wccq2A16",
     "block_wise_fp8": "Wfp8Afp8_b128x128",
     "tensor_wise_fp8": "Wfp8Afp8_tensor_static",
 }

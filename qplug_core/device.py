@@ -29,7 +29,8 @@ CPU_SETS: dict[str, tuple[str, ...]] = {
     "sve": ("neon",),
 }
 """Instruction sets by name, from old to new in each family, with those that each implies. ``avx2`` means FMA and F16C too;
-``avx512`` means F, BW, DQ and VL; ``amx`` means the int8 and the bf16 tiles."""
+``avx512`` means F, BW, DQ and VL; ``avx512_bf16`` means
+VBMI too, which all but Cooper Lake have; ``amx`` means the int8 and the bf16 tiles."""
 
 CPU_FEATURES = frozenset([*CPU_SETS, "amx_int8", "amx_bf16"])
 
@@ -37,7 +38,7 @@ _X86_FLAGS = {
     "avx2": {"avx2", "fma", "f16c"},
     "avx512": {"avx512f", "avx512bw", "avx512dq", "avx512vl"},
     "avx512_vnni": {"avx512_vnni"},
-    "avx512_bf16": {"avx512_bf16"},
+    "avx512_bf16": {"avx512_bf16", "avx512vbmi"},
     "amx_int8": {"amx_tile", "amx_int8"},
     "amx_bf16": {"amx_tile", "amx_bf16"},
     "amx": {"amx_tile", "amx_int8", "amx_bf16"},

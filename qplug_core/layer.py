@@ -46,6 +46,8 @@ class LayerSpec:
         Class name that class-wide rules (``"Linear"``) are matched against.
     tied_to
         Name of the layer that owns the weight, where it is shared.
+    online
+        False for a layer that quantization at load leaves at 16 bit: the vision part of a multimodal model.
     """
 
     name: str
@@ -57,6 +59,7 @@ class LayerSpec:
     module_class: str = "Linear"
     tied_to: str | None = None
     columns: tuple[int, int] | None = None
+    online: bool = True
 
     @property
     def alternatives(self) -> tuple[tuple[StoredPart, ...], ...]:

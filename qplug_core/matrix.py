@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from .decl import FormatDecl, KernelDecl, Rank
+from .decl import FormatDecl, KernelDecl, Rank, SchemePattern
 from .device import Device
 from .layer import OPS, Op
 from .registry import Entry, Registry
@@ -110,9 +110,10 @@ def _cell(decl: FormatDecl, op: Op, schemes: Sequence[QuantScheme], device: Devi
         return Cell("no", reason=f"{decl.name} stores no {op} weights")
     best: dict[QuantScheme, KernelDecl] = {}
     refused: dict[str, None] = {}
+    slow_only = {s for s in schemes if any(SchemePattern(text).matches(s) for text in decl.reference)}
     kernels = sorted((e.decl for e in registry.kernels if op in e.decl.ops), key=lambda d: (-d.rank, d.name))
     for kernel in kernels:
-        fits = [s for s in schemes if not kernel.pattern_for(s)]
+        fits = [s for s in schemes if not kernel.pattern_for(s) and (kernel.rank == Rank.REFERENCE or s not in slow_only)]
         if not fits:
             continue
         if not device.matches_any(kernel.devices):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -136,6 +136,11 @@ class HubMethod:
         """The packed tensors by name, for engines that register them as buffers."""
         return {f"{i}.{name}": t for i, run in enumerate(self._runs) for name, t in run.packed.tensors.items()}
 
+    def weights(self, source: TensorSource) -> list[tuple[StoredPart, Segment, QuantWeight | OpaqueWeight | Tensor]]:
+        """Each part as it is before packing, for engines that save or dequantize what they loaded; 16-bit parts are tensors."""
+        parts = [(part, segment) for segment in self.decision.segments for part in segment.parts]
+        return [(part, segment, self._weights(replace(segment, parts=(part,)), source)[0]) for part, segment in parts]
+
     def _bind(self) -> None:
         only = self._runs[0].kernel if len(self._runs) == 1 else None
         self._apply = only.apply if only is not None else None
@@ -173,7 +178,7 @@ class HubMethod:
         if len(weights) == 1 or any(isinstance(w, OpaqueWeight) for w in weights):
             return weights
         try:
-            return [concat(weights)]
+            return [concat(weights, by_row=segment.online is not None)]
         except SplitRequired as reason:
             self.notes.append(str(reason))
             return weights
@@ -190,7 +195,14 @@ class HubMethod:
                 f"{self.decision.layer.name} runs on {old.kernel.name if old.kernel else '16 bit'} and the new weights need {kernel.name}; "
                 "load the model again"
             )
-        return _Run(kernel, kernel.pack(weight, None if old is None else old.packed))
+        try:
+            return _Run(kernel, kernel.pack(weight, None if old is None else old.packed))
+        except ValueError as reason:
+            if old is None:
+                raise
+            raise CheckpointError(
+                f"{self.decision.layer.name}: the new weights need other storage ({reason}); load the model again"
+            ) from None
 
     def _choose(self, weight: QuantWeight | OpaqueWeight, planned: Choice) -> Choice:
         """The planned kernel, or another where the weights are more general than headers and config said."""

@@ -10,6 +10,8 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from .aliases import online_schemes
 from .axes import FLOATS
 from .config import LayerQuant, ModuleName, QuantizationConfig
@@ -21,7 +23,7 @@ from .format import CheckpointFormat
 from .kernel import Problem
 from .kv import kv_scheme, plan_caches
 from .layer import LayerSpec, PlainSlot, StoredPart
-from .method import plain_name
+from .method import HubMethod, QuantMethod, plain_name
 from .quant_plan import Decision, QuantPlan, Segment
 from .quantizer import online_scheme
 from .registry import Entry, Registry, get_registry
@@ -29,8 +31,9 @@ from .repository import open_checkpoint
 from .resolve import Policy, Resolver
 from .scheme import QuantScheme, TensorQuant
 from .source import Source
+from .tuning import find_tuning
 
-ROTARY = {"rotary_emb.inv_freq": "a buffer that every model computes itself"}
+COMPUTED = dict.fromkeys(("rotary_emb.inv_freq", "embeddings.position_ids"), "a buffer that every model computes itself")
 
 
 def read_config(source: Source, registry: Registry) -> tuple[QuantizationConfig, CheckpointFormat | None]:
@@ -101,7 +104,10 @@ class Planner:
         self.device = device or Device.current()
         self.dtype = dtype
         self.policy = policy or Policy()
-        self.resolver = Resolver(self.registry, self.device, self.policy)
+        self.tuning, self._tuning_note = (
+            find_tuning(self.device, self.registry) if self.policy.kernels == "auto" else (None, "")
+        )
+        self.resolver = Resolver(self.registry, self.device, self.policy, self.tuning)
         self.config, self.format = read_config(source, self.registry)
         online, self._meaning = online_schemes(quantize)
         if kv_cache is None:
@@ -141,7 +147,7 @@ class Planner:
             self._fill(slot)
         caches, kv_notes = plan_caches(layers, self.kv_wanted, self.config, self.format, self.cover)
         try:
-            self.cover.check({**ROTARY, **self.config.ignorable}, complete)
+            self.cover.check({**COMPUTED, **self.config.ignorable}, complete)
         except CoverError as error:
             raise CoverError(f"{self.source.path}: {error}") from None
         if self.online and complete and not any(d.quantized for d in decisions):
@@ -154,9 +160,14 @@ class Planner:
             decisions=tuple(decisions),
             caches=tuple(caches),
             plugins={row.distribution: row.version for row in self.registry.plugins if row.state == "ready"},
-            policy=self.policy.to_json(),
+            policy={**self.policy.to_json(), **({"tuning": self.tuning.digest} if self.tuning else {})},
             notes=(*self._notes(), *kv_notes),
         )
+
+    def method(self, decision: Decision, device: str = "cpu") -> QuantMethod:
+        """What holds the weight of one layer: ``load`` reads it from the source, ``apply`` multiplies, quantized or not."""
+        own = self.config.get_quant_method(decision.layer, decision)
+        return own or HubMethod(decision, self.resolver, self.layout, getattr(torch, self.dtype), device)
 
     @property
     def _online_name(self) -> str:
@@ -164,6 +175,8 @@ class Planner:
 
     def _notes(self) -> list[str]:
         notes = [*self.config.inferred]
+        if self._tuning_note:
+            notes.append(self._tuning_note)
         if self._meaning:
             notes.append(self._meaning)
         notes += [f"rule {rule.matcher} of the config meant no module" for rule in self.config.stale()]
@@ -291,10 +304,8 @@ class Planner:
         if scheme is None:
             return Segment(parts, quant, None, None)
         weight_only = self.policy.activations == "16bit" and scheme.act is not None
-        scheme = scheme.without_act() if weight_only else scheme
-        facts = {name: quant.opt(name) for name in ("encoding", "shift") if quant is not None and quant.opt(name)}
-        problem = Problem(layer.op, scheme, sum(p.n for p in parts), layer.local_k, self.dtype, **facts)
-        return Segment(parts, quant, online, self.resolver.choose(problem, layer.name), weight_only)
+        segment = Segment(parts, quant, online, None, weight_only)
+        return replace(segment, choice=self.resolver.choose(problem_of_segment(layer, segment, self.dtype), layer.name))
 
     def _fill(self, slot: PlainSlot) -> None:
         for name in slot.names:
@@ -319,6 +330,14 @@ class Planner:
             shape = slot.shape
         if shape != slot.shape:
             self.cover.mistake(f"{names[0]} has shape {list(shape)} where {slot.name} needs {list(slot.shape)}")
+
+
+def problem_of_segment(layer: LayerSpec, segment: Segment, dtype: str) -> Problem:
+    """What a quantized segment of a layer asks of a kernel, as far as headers and config say."""
+    quant, scheme = segment.quant, segment.scheme
+    assert scheme is not None
+    facts = {name: quant.opt(name) for name in ("encoding", "shift") if quant is not None and quant.opt(name)}
+    return Problem(layer.op, scheme, segment.n, layer.local_k, dtype, **facts)
 
 
 def sizes_of(layer: LayerSpec, part: StoredPart) -> dict[str, int]:

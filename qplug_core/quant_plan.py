@@ -132,7 +132,7 @@ class QuantPlan:
 
     @property
     def digest(self) -> str:
-        """SHA-256 of everything that ranks have to agree on: not the path, nor the rows and columns that differ by rank."""
+        """SHA-256 of everything that ranks have to agree on: not the path, the rows and columns that differ by rank, nor times."""
         body = self._body()
         body.pop("source")
         for layer in body["layers"]:
@@ -140,6 +140,8 @@ class QuantPlan:
             layer.pop("columns")
             for segment in layer["segments"]:
                 segment["stored"] = [[name, expert] for name, _, expert in segment["stored"]]
+                if segment["choice"] is not None:
+                    segment["choice"] = {key: segment["choice"][key] for key in ("kernel", "mode")}
         return hashlib.sha256(json.dumps(body, sort_keys=True, default=str).encode()).hexdigest()
 
     def _body(self) -> dict[str, Any]:
@@ -181,12 +183,22 @@ class QuantPlan:
             lines.append(
                 f"  {group.name}  x{len(group.layers)}  [{group.n}, {group.k}]  {scheme}  {group.stored}  ->  {kernel}"
             )
+        lines += [f"  {kernel}: {'; '.join(reasons)}" for kernel, reasons in self.taken().items()]
         for kernel, reasons in self.refused().items():
             lines.append(f"  not {kernel}: {'; '.join(reasons)}")
         if self.caches:
             lines.append(f"  KV cache: {QuantScheme(kv=self.caches[0].scheme)} in {len(self.caches)} attention layers")
         lines += [f"  note: {note}" for note in self.all_notes()]
         return "\n".join(lines)
+
+    def taken(self, decisions: Sequence[Decision] | None = None) -> dict[str, list[str]]:
+        """Kernels that were taken, each with what decided: a pin, a measurement (by shape), or the rank."""
+        found: dict[str, dict[str, None]] = {}
+        for group in self.groups(decisions):
+            if group.choice is not None:
+                shape = f"[{group.n}, {group.k}] " if group.choice.why.startswith("measured") else ""
+                found.setdefault(group.choice.kernel, {})[shape + group.choice.why] = None
+        return {kernel: list(reasons) for kernel, reasons in found.items()}
 
     def refused(self, decisions: Sequence[Decision] | None = None) -> dict[str, list[str]]:
         """Kernels that were not taken for some layer, each with its distinct reasons."""

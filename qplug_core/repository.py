@@ -42,11 +42,12 @@ def open_checkpoint(path: str | Path, registry: Registry, headers: bool = False)
 
 def _opener(path: Path, registry: Registry) -> FormatDecl | None:
     """The format that opens a file of this suffix, or a folder whose only weights, or only ``model`` file, have one."""
-    files = [path] if path.is_file() else sorted(path.glob("*")) if path.is_dir() else []
-    if path.is_dir() and any(file.suffix == ".safetensors" for file in files):
-        names = {file.name for file in files}
-        files = [] if {"model.safetensors", "model.safetensors.index.json"} & names else [f for f in files if f.stem == "model"]
-    suffixes = {file.suffix for file in files}
+    names = [path.name] if path.is_file() else sorted(f.name for f in path.glob("*")) if path.is_dir() else []
+    if {"model.safetensors", "model.safetensors.index.json"} & set(names):
+        return None
+    if path.is_dir() and any(name.endswith(".safetensors") for name in names):
+        names = [name for name in names if Path(name).stem == "model"]
+    suffixes = {Path(name).suffix for name in names}
     for entry in registry.formats:
         if suffixes & set(entry.decl.opens):
             return entry.decl

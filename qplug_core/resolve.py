@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
@@ -13,6 +13,7 @@ from .errors import NoKernel, UsageError
 from .kernel import Kernel, Problem
 from .registry import Registry
 from .support import Refusal
+from .tuning import Tuning, Verdict
 
 
 @dataclass(frozen=True)
@@ -85,12 +86,13 @@ class Choice:
 
 
 class Resolver:
-    """Chooses kernels for one device under one policy. Deterministic: pin, then rank, then name."""
+    """Chooses kernels for one device under one policy. Deterministic: pin, then measurements where there are any, rank, name."""
 
-    def __init__(self, registry: Registry, device: Device, policy: Policy) -> None:
+    def __init__(self, registry: Registry, device: Device, policy: Policy, tuning: Tuning | None = None) -> None:
         self.registry = registry
         self.device = device
         self.policy = policy
+        self.tuning = tuning
         self._seen: dict[tuple[Problem, str | None], Choice] = {}
         known = {entry.decl.name for entry in registry.kernels}
         for pattern, name in policy.pin.items():
@@ -116,32 +118,51 @@ class Resolver:
         return loaded
 
     def _choose(self, problem: Problem, layer: str, pinned: str | None) -> Choice:
-        tried: list[Tried] = []
-        taken: KernelDecl | None = None
+        refused: dict[str, list[Refusal]] = {}
+        fit: list[KernelDecl] = []
         for decl in sorted((entry.decl for entry in self.registry.kernels), key=lambda d: (-d.rank, d.name)):
             if problem.op not in decl.ops:
                 continue
             reasons = self.refusals(decl, problem)
             if not reasons and pinned is not None and decl.name != pinned:
                 reasons = [Refusal("policy", f"kernel {pinned} is pinned", "this kernel's name", "change the pin")]
-            if not reasons and taken is not None:
-                reasons = [
-                    Refusal(
-                        "rank", f"rank {decl.rank}", f"more than {taken.rank}, the rank of {taken.name}", "pin it to use it"
-                    )
-                ]
-            if reasons:
-                tried.append(Tried(decl.name, tuple(reasons)))
-            elif taken is None:
-                taken = decl
-        if taken is None:
-            details = "; ".join(f"{t.kernel}: {t.refusals[0]}" for t in tried) or f"no kernel is declared for {problem.op}"
+            refused[decl.name] = reasons
+            if not reasons:
+                fit.append(decl)
+        if not fit:
+            details = (
+                "; ".join(f"{name}: {r[0]}" for name, r in refused.items()) or f"no kernel is declared for {problem.op}"
+            )
             raise NoKernel(
                 f"no kernel takes {layer or problem.op} ({problem.scheme}, [{problem.n}, {problem.k}], {problem.dtype}) on "
                 f"{self.device.name}: {details}; allow the reference kernels or change the pin"
             )
-        why = "pinned by the user" if pinned else "the policy asks for reference kernels" if self._reference_only else "rank"
-        return Choice(taken.name, taken.mode, why, tuple(tried))
+        taken, why, verdict = self._best(problem, fit, pinned)
+        slower = dict(verdict.others) if verdict else {}
+        for decl in fit:
+            if decl is not taken:
+                refused[decl.name] = [_slower(decl, taken, slower, verdict)]
+        tried = tuple(Tried(name, tuple(reasons)) for name, reasons in refused.items() if name != taken.name)
+        return Choice(taken.name, taken.mode, why, tried)
+
+    def _best(
+        self, problem: Problem, fit: Sequence[KernelDecl], pinned: str | None
+    ) -> tuple[KernelDecl, str, Verdict | None]:
+        """The kernel of those that fit (by rank and name), what decided, and the measurement where that did."""
+        first = fit[0]
+        if pinned:
+            return first, "pinned by the user", None
+        if self._reference_only:
+            return first, "the policy asks for reference kernels", None
+        if self.tuning is None:
+            return first, "rank", None
+        # A measurement chooses among kernels that compute the same function: it never drops the quantization of activations.
+        alike = [decl for decl in fit if (decl.mode == "weight-only") == (first.mode == "weight-only")]
+        slow = [decl.name for decl in alike if decl.rank == Rank.REFERENCE]
+        found = self.tuning.best(problem, [decl.name for decl in alike], slow)
+        if isinstance(found, str):
+            return first, f"rank; {found} was not measured for this shape" if found else "rank", None
+        return next(decl for decl in alike if decl.name == found.kernel), found.why(), found
 
     @property
     def _reference_only(self) -> bool:
@@ -169,3 +190,17 @@ class Resolver:
             return [failed]
         kernel: Kernel = self.registry.load(decl)
         return kernel.supports(problem, self.device)
+
+
+def _slower(
+    decl: KernelDecl, taken: KernelDecl, times: Mapping[str, Mapping[int, float]], verdict: Verdict | None
+) -> Refusal:
+    """Why a kernel that fits was not taken: its times, or its rank."""
+    if verdict is not None and decl.name in times:
+        shown = ", ".join(f"{ms:.3g} ms at M={m}" for m, ms in sorted(times[decl.name].items()))
+        return Refusal("measured", shown, f"less time than {taken.name}", "pin it to use it")
+    if verdict is not None:
+        return Refusal(
+            "measured", "no measured time of the same function", f"one below that of {taken.name}", "pin it to use it"
+        )
+    return Refusal("rank", f"rank {decl.rank}", f"more than {taken.rank}, the rank of {taken.name}", "pin it to use it")

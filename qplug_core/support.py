@@ -10,7 +10,7 @@ class Refusal:
     """One reason: what is there, what was needed, and what to do about it.
 
     ``code`` is a stable word to test against: ``device``, ``scheme``, ``dtype``, ``shape``, ``group``, ``zeros``,
-    ``act_order``, ``rule``, ``requires``, ``op``, ``policy``, ``import``.
+    ``act_order``, ``rule``, ``requires``, ``op``, ``policy``, ``import``, ``rank``, ``measured``.
     """
 
     code: str

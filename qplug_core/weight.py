@@ -301,10 +301,11 @@ def decode_scales(scales: Tensor, scale_dtype: str) -> Tensor:
     return exponents.masked_fill(scales == 255, float("nan"))
 
 
-def concat(weights: Sequence[QuantWeight]) -> QuantWeight:
+def concat(weights: Sequence[QuantWeight], by_row: bool = False) -> QuantWeight:
     """Weights stacked along N (fused qkv, gate_up), exactly.
 
-    Blocks are refined to a common extent and tensor scales widened to rows; nothing is requantized.
+    Blocks are refined to a common extent and tensor scales widened to rows; nothing is requantized. ``by_row``: a global scale
+    is held for each row though all are equal, so that no shape depends on values, which another load may change.
 
     :raises SplitRequired: where one weight cannot say the same: another scheme, another act order, another static
         activation scale, another ``pre_scale``.
@@ -332,7 +333,7 @@ def concat(weights: Sequence[QuantWeight]) -> QuantWeight:
     codes = join("codes")
     assert scales is not None
     assert codes is not None
-    global_scale = _join_global(common)
+    global_scale = _join_global(common, by_row)
     return replace(
         common[0], codes=codes, scales=scales, zeros=join("zeros"), shift=join("shift"), global_scale=global_scale
     )
@@ -386,12 +387,12 @@ def _widen(weight: QuantWeight) -> QuantWeight:
     return weight.regroup(1, weight.block[1])
 
 
-def _join_global(weights: Sequence[QuantWeight]) -> Tensor | None:
+def _join_global(weights: Sequence[QuantWeight], by_row: bool) -> Tensor | None:
     first = weights[0].global_scale
     if first is None:
         return None
     values = [w.global_scale for w in weights]
-    if all(v is not None and v.shape == first.shape and _same_bits(v, first) for v in values):
+    if not by_row and all(v is not None and v.shape == first.shape and _same_bits(v, first) for v in values):
         return first
     rows = []
     for weight, value in zip(weights, values, strict=True):

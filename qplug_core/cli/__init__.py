@@ -15,6 +15,9 @@ COMMANDS = {
     "list-methods": "list_methods:list_methods",
     "explain": "explain:explain",
     "generate": "generate:generate",
+    "quantize": "quantize:quantize",
+    "bench": "bench:bench",
+    "tune": "tune:tune",
     "doctor": "doctor:doctor",
     "new-plugin": "new_plugin:new_plugin",
 }

@@ -24,14 +24,18 @@ SHORT = {"native": "native", "weight-only": "w-only", "emulated": "emul.", "refe
 @click.option("--json", "as_json", is_flag=True, help="Print the whole matrix as JSON.")
 @click.option("--markdown", is_flag=True, help="Print the whole matrix as a Markdown table.")
 @click.option("--schemes", is_flag=True, help="Report schemes instead of checkpoint formats, on every reported device.")
+@click.option("--engines", is_flag=True, help="Report which engine serves which method, and the test that shows it.")
 @click.option("--op", type=click.Choice(OPS), default=None, help="Report one operation instead of each method's first.")
-def list_methods(device: str | None, as_json: bool, markdown: bool, schemes: bool, op: Op | None) -> None:
+def list_methods(device: str | None, as_json: bool, markdown: bool, schemes: bool, engines: bool, op: Op | None) -> None:
     """List what the installed plugins can do: on this machine, or on a named device.
 
     native: does what the scheme says on units made for it. weight-only: leaves activations at 16 bit. emulated: quantizes
     them, multiplies wider. reference: runs everywhere, slowly. Proof: measured on that hardware, compiled for it, or declared.
     """
     registry = get_registry()
+    if engines:
+        _engines(registry, as_json, markdown)
+        return
     here = Device.from_name(device) if device else Device.current()
     column = device or here.arch
     if schemes:
@@ -51,6 +55,21 @@ def list_methods(device: str | None, as_json: bool, markdown: bool, schemes: boo
 
     console = Console(width=None if Console().is_terminal else 100, highlight=False)
     _render(console, CapabilityMatrix.of(registry, [(column, here)]), registry, here, op)
+
+
+def _engines(registry: Registry, as_json: bool, markdown: bool) -> None:
+    from rich.console import Console
+
+    from ..engines import EngineMatrix
+    from .engines import engines_markdown, render_engines
+
+    matrix = EngineMatrix.of(registry)
+    if as_json:
+        click.echo(json.dumps(matrix.to_json(), indent=2))
+    elif markdown:
+        click.echo(engines_markdown(matrix))
+    else:
+        render_engines(Console(width=None if Console().is_terminal else 100, highlight=False), matrix)
 
 
 def as_json_data(matrix: CapabilityMatrix, registry: Registry, machine: Device) -> dict[str, object]:

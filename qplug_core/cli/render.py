@@ -37,6 +37,13 @@ def render_plan(plan: QuantPlan, decisions: Sequence[Decision], detailed: bool) 
     console.print(table)
     for cache in plan.caches[:1]:
         console.print(f"KV cache: {QuantScheme(kv=cache.scheme)} in {len(plan.caches)} attention layers")
+    taken = plan.taken(decisions)
+    if taken:
+        console.print("\n[bold]kernels that were taken[/]")
+        for kernel, reasons in taken.items():
+            console.print(f"  {kernel}: {escape(reasons[0])}" if len(reasons) == 1 else f"  {kernel}")
+            for reason in reasons if len(reasons) > 1 else ():
+                console.print(f"    {escape(reason)}")
     refused = plan.refused(decisions)
     if refused:
         console.print("\n[bold]kernels that were not taken[/]")

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from ..errors import ConfigError
 from ..layer import LayerSpec, Op, PlainSlot, StoredPart
@@ -42,17 +43,19 @@ def describe(model: Any, stored: StoredNames) -> Description:
     owned: set[str] = set()
     tied: dict[str, str] = dict(getattr(model, "all_tied_weights_keys", {}) or {})
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    language = language_parts(model)
     for name, module in model.named_modules():
         if _is_layer(module):
             found.layers.append(_layer(model, name, module, stored, tied, is_head=module is head))
             owned.add(f"{name}.weight")
-        elif "Attention" in type(module).__name__ and hasattr(module, "layer_idx"):
+        elif _keeps_cache(module) and _is_in(name, language):
             found.layers.append(_cache(model, name, module, stored))
             found.attention[name] = module.layer_idx
         elif _is_experts(module):
             found.layers += _experts(name, module, stored)
             found.experts[name] = module.down_proj.shape[0]
             owned |= {f"{name}.{up_name(module)}", f"{name}.down_proj"}
+    found.layers = [replace(layer, online=_is_in(layer.name, language)) for layer in found.layers]
     state = {**dict(model.named_parameters(remove_duplicate=False)), **persistent_buffers(model)}
     for name, value in state.items():
         if name not in owned:
@@ -62,6 +65,33 @@ def describe(model: Any, stored: StoredNames) -> Description:
                 )
             )
     return found
+
+
+def language_parts(model: Any) -> tuple[str, ...]:
+    """Modules that hold the language model of a multimodal one, which is what quantization at load is for; ``""`` is all of it.
+
+    They are those whose config is of the class of the model's text config. Vision and audio encoders, and what projects
+    their output, stay at 16 bit.
+    """
+    try:
+        text = model.config.get_text_config()
+    except ValueError:  # Two text models, as encoder and decoder: nothing is to be left out.
+        text = model.config
+    if text is model.config:
+        return ("",)
+    inner = [(n, m) for n, m in model.named_modules() if n and isinstance(m, PreTrainedModel)]
+    return tuple(name for name, module in inner if type(module.config) is type(text))
+
+
+def _is_in(name: str, places: tuple[str, ...]) -> bool:
+    return any(not place or name.startswith(f"{place}.") for place in places)
+
+
+def _keeps_cache(module: Any) -> bool:
+    """Attention that keeps keys and values from token to token: not that of an encoder, nor what a decoder sees of one."""
+    if "Attention" not in type(module).__name__ or getattr(module, "layer_idx", None) is None:
+        return False
+    return bool(getattr(module, "is_causal", getattr(module, "is_decoder", True)))
 
 
 def _is_layer(module: nn.Module) -> bool:
@@ -141,7 +171,7 @@ def _is_experts(module: nn.Module) -> bool:
     return hidden == height and rows in (inner, 2 * inner)
 
 
-def _is_transposed(module: Any) -> bool:
+def is_transposed(module: Any) -> bool:
     """True where the experts of ``module`` are held as ``[E, K, N]``: as it says, or as its shapes say."""
     said = getattr(module, "is_transposed", None)
     if said is not None:
@@ -153,7 +183,7 @@ def _is_transposed(module: Any) -> bool:
 def _sizes(module: Any, weight: Tensor) -> tuple[int, int]:
     """N and K of one expert."""
     n, k = weight.shape[1:]
-    return (k, n) if _is_transposed(module) else (n, k)
+    return (k, n) if is_transposed(module) else (n, k)
 
 
 def _experts(name: str, module: Any, stored: StoredNames) -> list[LayerSpec]:
@@ -161,7 +191,7 @@ def _experts(name: str, module: Any, stored: StoredNames) -> list[LayerSpec]:
     count = module.down_proj.shape[0]
     rows, hidden = _sizes(module, getattr(module, first))
     inner = _sizes(module, module.down_proj)[1]
-    flipped = _is_transposed(module)
+    flipped = is_transposed(module)
     layers = []
     for e in range(count):
         up: list[tuple[StoredPart, ...]] = []

@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
-from transformers import DynamicCache, GenerationConfig, TextIteratorStreamer
+from transformers import Cache, DynamicCache, EncoderDecoderCache, GenerationConfig, TextIteratorStreamer
 
-from ..config import QuantizationConfig
 from ..device import Device
 from ..errors import CheckpointError, UsageError
-from ..method import HubMethod, QuantMethod
+from ..layer import PlainSlot
+from ..method import QuantMethod
 from ..planner import Planner
 from ..quant_plan import CacheDecision, Decision, QuantPlan
 from ..reference.kv_cache import CacheCoder
@@ -27,8 +27,9 @@ from ..source import Source
 from .cache import Coders, bytes_per_token, quant_cache
 from .describe import Description, describe
 from .memory import trim
-from .names import StoredNames
+from .names import StoredNames, left_out
 from .place import fill_slot, place_experts, place_layer, plain_weight
+from .reload import reload_weights
 from .skeleton import model_config, skeleton
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -43,6 +44,8 @@ class Engine:
         What was decided for every layer, and why.
     source
         The checkpoint, still open for :meth:`reload`.
+    slots
+        Parameters and buffers that are no layers: norms, biases.
     coders
         What quantizes keys and values, by layer of the cache; empty where they stay at 16 bit.
     cache_bytes_per_token
@@ -56,8 +59,10 @@ class Engine:
         source: Source,
         methods: dict[str, QuantMethod],
         coders: Mapping[int, Coders] | None = None,
+        slots: Sequence[PlainSlot] = (),
     ) -> None:
         self.model = model
+        self.slots = tuple(slots)
         self.coders = dict(coders or {})
         self.cache_bytes_per_token: int | None = None
         self.plan = plan
@@ -108,12 +113,19 @@ class Engine:
             )
         return out.logits.float()  # type: ignore[no-any-return]
 
-    def _cache(self) -> DynamicCache:
-        return quant_cache(self.model.config, self.coders)
+    def _cache(self) -> Cache:
+        cache = quant_cache(self.model.config, self.coders)
+        configs = (self.model.config, self.model.config.get_text_config(decoder=True))
+        if any(config.is_encoder_decoder for config in configs):
+            # What a decoder sees of its encoder is read from the cache as it lies there, so it stays at 16 bit.
+            return EncoderDecoderCache(cache, DynamicCache(config=self.model.config))
+        return cache
 
     @torch.inference_mode()
     def forward(self, **inputs: Tensor) -> Any:
-        """The model's own forward, for encoders: ``engine.forward(input_ids=...)``."""
+        """The model's own forward, for encoders and images: ``engine.forward(input_ids=..., pixel_values=...)``."""
+        if self.coders:
+            return self.model(**inputs, past_key_values=self._cache(), use_cache=True)
         return self.model(**inputs)
 
     def generate(
@@ -182,7 +194,7 @@ class Engine:
                 more["past_key_values"] = cache
             out: Tensor = self.model.generate(**kept, generation_config=config, tokenizer=self.tokenizer, **more)
             if cache is not None:
-                self.cache_bytes_per_token = bytes_per_token(cache)
+                self.cache_bytes_per_token = bytes_per_token(getattr(cache, "self_attention_cache", cache))
             return out
 
     def _stream(
@@ -205,19 +217,30 @@ class Engine:
         if failure:
             raise failure[0]
 
+    def add_adapter(self, path: str | Path, name: str = "default") -> tuple[str, ...]:
+        """Put the LoRA adapter in ``path`` (PEFT's folder) over the weights in use and make it active; the names of its layers come back.
+
+        :raises UsageError: where PEFT is missing, the name is taken, or the adapter is no LoRA.
+        :raises CheckpointError: where the adapter is for another model.
+        """
+        from .adapter import add_adapter
+
+        return add_adapter(self.model, path, name)
+
+    def use_adapter(self, name: str | None) -> None:
+        """Make one of the added adapters active, or none."""
+        from .adapter import use_adapter
+
+        use_adapter(self.model, name)
+
     def reload(self, source: Source | Any) -> None:
         """New weights of the same shapes into the storage in use: every address stays.
 
         ``source``: another checkpoint of this model, or a :class:`~qplug_core.source.MemorySource`, with the stored names of the plan.
+
+        :raises CheckpointError: where it lacks a tensor or has another shape; then nothing was changed.
         """
-        for method in self.methods.values():
-            method.reload(source)
-        own = dict(self.model.named_parameters())
-        for decision in self.plan.decisions:
-            name = f"{decision.layer.name}.weight"
-            if not decision.quantized and name in own and decision.segments[0].parts[0].name + ".weight" in source.tensors:
-                with torch.no_grad():
-                    own[name].copy_(plain_weight(source, decision))
+        reload_weights(self.model, self.plan, self.methods, self.slots, self.source, source)
 
 
 def load(
@@ -258,15 +281,20 @@ def load(
     planner = Planner(source, target, dtype, policy, quantize, registry, kv_cache=kv_cache)
     model = skeleton(model_config(source), DTYPES[dtype])
     described = describe(model, StoredNames(model, source.tensors, planner.model_name))
+    planner.config.ignorable.update(left_out(model, source.tensors))
     plan = planner.plan(described.layers, described.slots)
     loader = _Loader(model, source, planner, plan, described, DTYPES[dtype], device, registry)
     methods = loader.run(progress)
-    coders = {described.attention[c.layer]: _coders(planner, c) for c in plan.caches}
+    if planner.kv_wanted not in (None, "16bit") and not plan.caches:
+        raise UsageError(
+            f"{type(model).__name__} keeps no keys and values from token to token, so it has no KV cache to quantize; leave kv_cache out"
+        )
+    coders = {described.attention[c.layer]: cache_coders(planner, c) for c in plan.caches}
     quant_cache(model.config, coders)
-    return Engine(model, plan, source, methods, coders)
+    return Engine(model, plan, source, methods, coders, described.slots)
 
 
-def _coders(planner: Planner, cache: CacheDecision) -> Coders:
+def cache_coders(planner: Planner, cache: CacheDecision) -> Coders:
     """The coders of keys and values of one layer, with the scales of the checkpoint."""
     stored = {role: planner.source.read(name) for role, name in cache.scales.items()}
     factors = dict(planner.format.decode_kv(stored)) if planner.format is not None else stored
@@ -298,7 +326,6 @@ class _Loader:
     ) -> None:
         self.model, self.source, self.planner, self.plan = model, source, planner, plan
         self.described, self.dtype, self.device, self.registry = described, dtype, device, registry
-        self.config: QuantizationConfig = planner.config
 
     def run(self, progress: bool) -> dict[str, QuantMethod]:
         methods: dict[str, QuantMethod] = {}
@@ -336,9 +363,7 @@ class _Loader:
                 target = self.model.get_submodule(layer.name)
                 target.weight = nn.Parameter(weight.to(self.device, target.weight.dtype), requires_grad=False)
             return None
-        method = self.config.get_quant_method(layer, decision) or HubMethod(
-            decision, self.planner.resolver, self.planner.layout, self.dtype, self.device
-        )
+        method = self.planner.method(decision, self.device)
         method.load(self.source)
         if layer.op != "experts":
             place_layer(self.model, decision, method, self.dtype)

@@ -13,19 +13,27 @@ from ..planner import Planner
 from ..quant_plan import QuantPlan
 from ..registry import get_registry
 from ..repository import open_checkpoint
+from ..resolve import Policy
 from .describe import describe
-from .names import StoredNames
+from .names import StoredNames, left_out
 from .skeleton import model_config, skeleton
 
 
 def explain_checkpoint(
-    path: str, device: Device | None, tp: int, dtype: str, quantize: str | None, kv_cache: str | None = None
+    path: str,
+    device: Device | None,
+    tp: int,
+    dtype: str,
+    quantize: str | None,
+    kv_cache: str | None = None,
+    policy: Policy | None = None,
 ) -> QuantPlan:
     """What ``load`` would do with ``path`` on ``device``, for rank 0 of ``tp``."""
     source = open_checkpoint(path, get_registry(), headers=True)
-    planner = Planner(source, device, dtype, quantize=quantize, kv_cache=kv_cache)
+    planner = Planner(source, device, dtype, policy, quantize, kv_cache=kv_cache)
     model = skeleton(model_config(source), getattr(torch, dtype))
     described = describe(model, StoredNames(model, source.tensors, planner.model_name))
+    planner.config.ignorable.update(left_out(model, source.tensors))
     layers = described.layers if tp == 1 else [shard(layer, model, 0, tp) for layer in described.layers]
     return planner.plan(layers, described.slots)
 

@@ -29,7 +29,7 @@ class _Packed(nn.Module):
                     f"{method.decision.layer.name} is packed for {dtype} on {device} and was to become {moved.dtype} on {moved.device}; "
                     "load the model with that dtype and device instead"
                 )
-        return super()._apply(fn, recurse)
+        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
 
 
 class QuantLinear(_Packed):
@@ -44,6 +44,11 @@ class QuantLinear(_Packed):
     def methods(self) -> list[QuantMethod]:
         """The one weight."""
         return [self.method]
+
+    @property
+    def weight(self) -> Tensor:
+        """Empty: models and PEFT look at the dtype and the device of a weight. A product with it fails."""
+        return torch.empty(0, dtype=getattr(self.method, "dtype", None), device=getattr(self.method, "device", None))
 
     def forward(self, x: Tensor) -> Tensor:
         """``[*, K]`` to ``[*, N]``."""
@@ -88,7 +93,7 @@ class QuantExperts(_Packed):
         self.down = down
         self.original = original
         self.halves = halves and not getattr(original, "is_concatenated", True)
-        self.gated = up[0].decision.layer.n == 2 * down[0].decision.layer.k
+        self.gated = up[0].decision.layer.n == 2 * down[0].decision.layer.local_k
         self.num_experts = len(up)
 
     def methods(self) -> list[QuantMethod]:

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from typing import Any
 
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming
+
+
+def left_out(model: Any, stored: Iterable[str]) -> dict[str, str]:
+    """Stored tensors that a model's class says it has no use for (DeepSeek's layer for multi-token prediction), with the reason."""
+    patterns = [re.compile(p) for p in getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()]
+    reason = f"{type(model).__name__} has no use for them, as transformers says"
+    return {name: reason for name in stored if any(pattern.search(name) for pattern in patterns)}
 
 
 class StoredNames:

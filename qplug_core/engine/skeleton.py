@@ -7,7 +7,7 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedModel
 
 from ..errors import CheckpointError, ConfigError
 from ..source import Source
@@ -50,18 +50,45 @@ def skeleton(config: Any, dtype: torch.dtype) -> Any:
 
 
 def _compute_buffers(model: Any) -> None:
-    """Give storage and values to buffers that are in no checkpoint (rotary frequencies, masks, position ids)."""
+    """Give storage and values to buffers that are in no checkpoint (rotary frequencies, masks, position ids).
+
+    :raises ConfigError: for one that the model definition does not compute.
+    """
     for parameter in model.parameters():
         parameter._is_hf_initialized = True
-    for module in model.modules():
-        hidden = {
-            name: b for name, b in module._buffers.items() if b is not None and name in module._non_persistent_buffers_set
-        }
+    owners = {"": model, **{name: m for name, m in model.named_modules() if isinstance(m, PreTrainedModel)}}
+    for name, module in model.named_modules():
+        hidden = {n: b for n, b in module._buffers.items() if b is not None and n in module._non_persistent_buffers_set}
         if not hidden:
             continue
-        for name, buffer in hidden.items():
-            module._buffers[name] = torch.empty_like(buffer, device="cpu")
-        model._init_weights(module)
+        for n, buffer in hidden.items():
+            module._buffers[n] = torch.full_like(buffer, _unset(buffer.dtype), device="cpu")
+        # A model inside of a model knows its own buffers.
+        owners[max((o for o in owners if f"{name}.".startswith(f"{o}.") or not o), key=len)]._init_weights(module)
+        for n in hidden:
+            if _is_unset(module._buffers[n]):
+                raise ConfigError(
+                    f"{type(module).__name__} of transformers {transformers.__version__} does not compute its buffer {name}.{n}, which no "
+                    "checkpoint holds; use another version of transformers"
+                )
+
+
+def _unset(dtype: torch.dtype) -> float | int | bool:
+    return (
+        float("nan")
+        if dtype.is_floating_point or dtype.is_complex
+        else False
+        if dtype == torch.bool
+        else torch.iinfo(dtype).min
+    )
+
+
+def _is_unset(buffer: torch.Tensor) -> bool:
+    if buffer.dtype == torch.bool or not buffer.numel():
+        return False
+    if buffer.dtype.is_floating_point or buffer.dtype.is_complex:
+        return bool(buffer.isnan().any())
+    return bool((buffer == _unset(buffer.dtype)).any())
 
 
 def persistent_buffers(model: nn.Module) -> dict[str, torch.Tensor]:

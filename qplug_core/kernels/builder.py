@@ -27,6 +27,7 @@ FLAGS = ("-std=gnu11", "-O3", "-fPIC", "-fvisibility=hidden", "-fopenmp")
 _AVX2 = ("-mavx2", "-mfma", "-mf16c")
 _AVX512 = (*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512")
 SETS: dict[str, tuple[str, ...]] = {
+    "avx512_bf16": (*_AVX512, "-mavx512vnni", "-mavx512bf16", "-mavx512vbmi"),
     "avx512_vnni": (*_AVX512, "-mavx512vnni"),
     "avx512": _AVX512,
     "avx2": _AVX2,
@@ -34,9 +35,15 @@ SETS: dict[str, tuple[str, ...]] = {
 """Instruction sets that kernels are compiled for, best first, with the flags of GCC and Clang."""
 
 
+VARIABLE = "QPLUG_CPU_SET"
+"""The environment variable that names an instruction set to be taken in place of better ones."""
+
+
 def instruction_set(device: Device) -> str | None:
-    """The best set that kernels are compiled for and that ``device`` has, or None."""
-    return next((name for name in SETS if name in device.features), None)
+    """The best set that kernels are compiled for and that ``device`` has, from the one in ``$QPLUG_CPU_SET`` down, or None."""
+    names = list(SETS)
+    wanted = os.environ.get(VARIABLE, names[0])
+    return next((name for name in names[names.index(wanted) if wanted in names else 0 :] if name in device.features), None)
 
 
 @functools.cache

@@ -16,7 +16,7 @@
 #define EXPORT __attribute__((visibility("default")))
 
 enum { TILE = 16 };
-enum kind { F32 = 0, BF16 = 1, F16 = 2 };
+enum kind { F32 = 0, BF16 = 1, F16 = 2, E4M3 = 3, E8M0 = 4 }; /* the last two are of scales */
 
 #if defined(__AVX512F__)
 enum { VL = 16 };
@@ -60,13 +60,53 @@ INLINE void store(float *p, vf x) { memcpy(p, &x, sizeof x); }
 INLINE vi load_i(const void *p) { vi x; memcpy(&x, p, sizeof x); return x; }
 INLINE void prefetch(const void *p) { _mm_prefetch((const char *)p, _MM_HINT_T0); }
 
-INLINE size_t width(int kind) { return kind == F32 ? 4 : 2; }
+/* VL bytes as integers. */
+INLINE vi load_u8(const uint8_t *p) {
+#if defined(__AVX512F__)
+    return (vi)_mm512_cvtepu8_epi32(_mm_loadu_si128((const void *)p));
+#else
+    return (vi)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const void *)p));
+#endif
+}
+
+/* VL bytes e5m2: the upper halves of float16. */
+INLINE vf load_e5m2(const uint8_t *p) {
+#if defined(__AVX512F__)
+    return _mm512_cvtph_ps(_mm256_slli_epi16(_mm256_cvtepu8_epi16(_mm_loadu_si128((const void *)p)), 8));
+#else
+    return _mm256_cvtph_ps(_mm_slli_epi16(_mm_cvtepu8_epi16(_mm_loadl_epi64((const void *)p)), 8));
+#endif
+}
+
+/* VL bytes e4m3, divided by 256: one place more of exponent makes them float16, whose exponents start 8 lower. The code of NaN reads as 480. */
+INLINE vf load_e4m3(const uint8_t *p) {
+#if defined(__AVX512F__)
+    __m256i b = _mm256_cvtepi8_epi16(_mm_loadu_si128((const void *)p));
+    return _mm512_cvtph_ps(_mm256_and_si256(_mm256_slli_epi16(b, 7), _mm256_set1_epi16((short)0xbf80)));
+#else
+    __m128i b = _mm_cvtepi8_epi16(_mm_loadl_epi64((const void *)p));
+    return _mm256_cvtph_ps(_mm_and_si128(_mm_slli_epi16(b, 7), _mm_set1_epi16((short)0xbf80)));
+#endif
+}
+
+INLINE size_t width(int kind) { return kind == F32 ? 4 : kind >= E4M3 ? 1 : 2; }
 
 /* VL values at index i of an array of any kind. */
 INLINE vf load_any(int kind, const void *p, long i) {
     if (kind == F32) return load((const float *)p + i);
     const uint16_t *h = (const uint16_t *)p + i;
     return kind == F16 ? load_f16(h) : (vf)((vu)widen_u16(h) << 16);
+}
+
+/* VL scales at index i of an array of any kind. E8M0: the exponent of a float32, and 2**-127 for byte 0; byte 255 is not looked for. */
+INLINE vf load_scale(int kind, const void *p, long i) {
+    if (kind == E4M3) return load_e4m3((const uint8_t *)p + i) * splat(256.0f);
+    if (kind == E8M0) {
+        vi bits = load_u8((const uint8_t *)p + i) << 23, least = (vi){0} + 0x400000;
+        vi below = bits < least;
+        return (vf)((bits & ~below) | (least & below));
+    }
+    return load_any(kind, p, i);
 }
 
 INLINE float load_one(int kind, const void *p, long i) {
@@ -80,11 +120,15 @@ INLINE float load_one(int kind, const void *p, long i) {
 }
 
 INLINE void store_bf16(uint16_t *p, vf x) {
+#if defined(__AVX512BF16__)
+    _mm256_storeu_si256((void *)p, (__m256i)_mm512_cvtneps_pbh(x));
+#else
     vu bits = (vu)x;
     vu rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
     vu isnan = (vu)((vi)(x != x));
     vu y = (isnan & 0x7fc0) | (~isnan & rounded);
     UNROLL for (int i = 0; i < VL; i++) p[i] = (uint16_t)y[i];
+#endif
 }
 
 /* The first `count` of VL values to index i of an array of any kind; 16-bit kinds round to nearest even. */

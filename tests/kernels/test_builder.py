@@ -33,7 +33,7 @@ def test_build_puts_one_object_into_the_cache_and_finds_it_again(fresh: Path) ->
 
 
 @pytest.mark.parametrize("chosen", list(builder.SETS))
-@pytest.mark.parametrize("name", ["weight_only", "int8"])
+@pytest.mark.parametrize("name", ["weight_only", "int8", "quantize"])
 def test_every_source_compiles_for_every_instruction_set_without_warnings(name: str, chosen: str, tmp_path: Path) -> None:
     # Optimization takes most of the time and finds no errors.
     command = ["cc", *builder.FLAGS, *builder.SETS[chosen], "-O0", "-Wall", "-Wextra", "-Werror"]
@@ -112,10 +112,17 @@ def test_processes_that_build_at_once_all_succeed(fresh: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "chosen"), [("avx2", "avx2"), ("avx512", "avx512"), ("amx", "avx512_vnni"), ("neon", None)]
+    ("name", "chosen"),
+    [("avx2", "avx2"), ("avx512", "avx512"), ("avx512_vnni", "avx512_vnni"), ("amx", "avx512_bf16"), ("neon", None)],
 )
 def test_instruction_set_of_named_devices(name: str, chosen: str | None) -> None:
     assert builder.instruction_set(Device.from_name(name)) == chosen
+
+
+def test_a_lower_instruction_set_can_be_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(builder.VARIABLE, "avx512")
+    assert builder.instruction_set(Device.from_name("avx512_bf16")) == "avx512"
+    assert builder.instruction_set(Device.from_name("avx2")) == "avx2"
 
 
 def test_other_devices_are_refused_without_a_build(fresh: Path) -> None:

@@ -198,10 +198,11 @@ def test_operation_is_well_formed_and_compiles(text: str) -> None:
     packed = KERNEL.pack(weight)
     t = packed.tensors
     x, bias = torch.randn(3, 64), torch.randn(24)
-    bits = packed.meta["bits"]
-    torch.library.opcheck(
-        weight_only, (x, t["codes"], t["scales"], t.get("zeros"), t["segments"], t.get("order"), bias, 24, bits)
-    )
+    arguments = (
+        x, t["codes"], None, t["scales"], t.get("zeros"), None, t["segments"], t.get("order"), None, bias, 24, packed.meta["type"], 0,
+        None,
+    )  # fmt: skip
+    torch.library.opcheck(weight_only, arguments)
 
     @torch.compile(fullgraph=True, backend="aot_eager")
     def run(x: Tensor) -> Tensor:
@@ -220,7 +221,7 @@ def test_operation_is_well_formed_and_compiles(text: str) -> None:
         (Problem("linear", scheme("W4A16_g32"), 8, 32, dtype="float64"), ["dtype"]),
         (
             Problem("kv_cache", scheme("W6A8_g32"), 8, 32, dtype="float64", shift=True),
-            ["op", "scheme", "scheme", "zeros", "dtype"],
+            ["op", "scheme", "zeros", "dtype", "scheme"],
         ),
         (Problem("lm_head", scheme("W3A16_g48_asym"), 7, 50, float_zeros=True, pre_scale=True, act_shift=True), []),
     ],

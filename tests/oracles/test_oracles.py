@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import sys
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,7 @@ from qplug_core.errors import ConfigError, DecodeError
 from qplug_core.weight import OpaqueWeight, QuantWeight
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from bridges import proof
 from conftest import DATA, oracles
 
 SPOILED = {"qwen2-transformers-fp8block-ragged-garbage": "gave up on quantizing"}
@@ -120,7 +122,7 @@ def native_error(folder: Path, ref: dict[str, Tensor], quantized: bool) -> float
 
 
 @pytest.mark.parametrize("folder", oracles(), ids=lambda f: f.name)
-def test_oracle(folder, capsys):
+def test_oracle(folder, capsys, request):
     if folder.name in SPOILED:
         with pytest.raises(ConfigError, match=SPOILED[folder.name]):
             qplug_core.load(folder)
@@ -147,6 +149,9 @@ def test_oracle(folder, capsys):
     # Fast kernels do not round weights: they are as far from a producer that does as that rounding takes them.
     assert fast < (1e-5 if rounding == 0 else 1e-2)
     assert contrast > 1e-2 or not any(d.quantized for d in engine.plan.decisions)
+    proof.record(
+        "reference", version("qplug-core"), proof.method_of(folder), folder.name, request.node.nodeid, error, contrast
+    )
 
 
 def row(capsys, name: str, text: str) -> None:

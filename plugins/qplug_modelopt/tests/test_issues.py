@@ -14,8 +14,8 @@ from qplug_modelopt.loader import ModelOptFormat
 from qplug_core.config import LayerQuant, ModuleName
 from qplug_core.errors import ConfigError, CoverError, DecodeError, SplitRequired
 from qplug_core.layer import LayerSpec
-from qplug_core.quant_plan import QuantPlan
 from qplug_core.planner import plan
+from qplug_core.quant_plan import QuantPlan
 from qplug_core.reference.linear import ReferenceLinear
 from qplug_core.source import MemorySource, Source
 from qplug_core.testing import random_weight

@@ -26,6 +26,7 @@ def register() -> None:
         methods = import_module("vllm.model_executor.layers.quantization")
         config = import_module("qplug_core.bridges.vllm.config")
         methods.register_quantization_config(NAME)(config.QplugConfig)
+        import_module("qplug_core.bridges.vllm.beside").watch()
     except Exception as error:
         log.warning("qplug stays out of this vLLM: %s", changed(error))
 

@@ -14,27 +14,35 @@ from ...device import Device
 from ...errors import CheckpointError, PluginError, QplugError, UsageError
 from ...layer import LayerSpec
 from ...method import HubMethod, QuantMethod
-from ...plan import Decision, QuantPlan
 from ...planner import Planner, assumed_source, read_config
+from ...quant_plan import Decision, QuantPlan
 from ...registry import get_registry
 from ...repository import is_repository, open_headers
 from ...source import Source
 from . import NAME, changed, log
-from .policy import Claim, decide
+from .policy import Claim, Options, decide
 
 _said: set[str] = set()
+ADDED = ("total_num_heads", "total_num_kv_heads")
+"""Keys that vLLM writes into the ``quantization_config`` that it hands on."""
+RENAMED = {"mixtral": {".mlp.": ".block_sparse_moe."}}
+"""By model_type, names of transformers 5, which tools now write, and vLLM's own."""
+EMBEDDINGS = ("embed_tokens", "word_embeddings", "tok_embeddings", "wte")
 
 
 class QplugConfig(QuantizationConfig):
     """Of one checkpoint. Travels to vLLM's workers, where the checkpoint's headers are read again.
 
-    ``config``: the dict of config.json; with ``quant_method`` ``qplug`` it holds ``scheme``, which a 16-bit checkpoint is quantized to.
+    ``config``: the dict of config.json; empty for a 16-bit checkpoint that ``--quantization qplug`` was given for.
     """
 
     def __init__(self, config: Mapping[str, Any] | None = None) -> None:
         super().__init__()
-        self.config = dict(config or {})
+        self.config = {key: value for key, value in (config or {}).items() if key not in ADDED}
+        if self.config.get("quant_method") == NAME:  # Core finds the file beside config.json that says more.
+            self.config = {}
         self.model = ""
+        self.model_type = ""
         self.tied = False
         self._reset()
 
@@ -43,10 +51,11 @@ class QplugConfig(QuantizationConfig):
         self._planner: Planner | None = None
         self._stored: dict[str, str] | None = None
         self._plans: dict[str, QuantPlan] = {}
+        self._fused: dict[str, tuple[str, int | str]] = {}
         self._waiting: set[str] = set()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {key: getattr(self, key) for key in ("config", "model", "tied", "packed_modules_mapping")}
+        return {key: getattr(self, key) for key in ("config", "model", "model_type", "tied", "packed_modules_mapping")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -85,10 +94,10 @@ class QplugConfig(QuantizationConfig):
         """
         config = dict(hf_quant_cfg or {})
         method = str(config.get("quant_method", ""))
-        if method == NAME:
+        if method == NAME and user_quant in (None, NAME):
             return NAME
         try:
-            claim = decide(config, user_quant, device(), get_registry())
+            claim = decide(config, user_quant, device(), get_registry(), moe=_has_experts(hf_config))
         except PluginError as error:
             claim = Claim(False, f"qplug cannot run ({error})")
         except QplugError as error:
@@ -108,11 +117,11 @@ class QplugConfig(QuantizationConfig):
         named = revision is not None and not Path(model_name).exists()
         self.model = f"{model_name}@{revision}" if named else model_name
         text = hf_config.get_text_config() if hasattr(hf_config, "get_text_config") else hf_config
+        self.model_type = str(getattr(text, "model_type", ""))
         self.tied = bool(getattr(text, "tie_word_embeddings", False))
         _check_engine()
         try:
             read_config(self._source(), get_registry())
-            self.online()
         except QplugError as error:
             raise ValueError(str(error)) from None
 
@@ -121,14 +130,20 @@ class QplugConfig(QuantizationConfig):
         self.mapper = hf_to_vllm_mapper
         self._stored = None
 
-    def get_checkpoint_weight_mapper(self) -> Any:  # type: ignore[override]
-        """Drops what the format says may be left unread, and nothing else (vLLM's default drops every ``g_idx``)."""
+    def get_checkpoint_weight_mapper(self) -> Any:
+        """Drops what the format says may be left unread, and nothing else (vLLM's default drops every ``g_idx``); renames what this file
+        stores under other names than vLLM's.
+        """
         from vllm.model_executor.models.utils import WeightsMapper
 
         ignorable = self._planner.config.ignorable if self._planner is not None else {}
-        return WeightsMapper(orig_to_new_suffix={f".{suffix}": None for suffix in ignorable})
+        return WeightsMapper(
+            orig_to_new_substr=RENAMED.get(self.model_type, {}),
+            orig_to_new_stacked=self._fused,
+            orig_to_new_suffix={f".{suffix}": None for suffix in ignorable},
+        )
 
-    def get_cache_scale_mapper(self) -> Any:  # type: ignore[override]
+    def get_cache_scale_mapper(self) -> Any:
         """Where the checkpoint's KV-cache scales go."""
         from .kv_cache import scale_mapper
 
@@ -156,20 +171,6 @@ class QplugConfig(QuantizationConfig):
 
     # What qplug's methods ask.
 
-    def online(self) -> str | None:
-        """The scheme that a 16-bit checkpoint is quantized to, None for a checkpoint that is quantized.
-
-        :raises UsageError: where ``--quantization qplug`` was given for a 16-bit checkpoint without a scheme.
-        """
-        scheme = self.config.get("scheme")
-        quantized = self.config.get("quant_method", NAME) != NAME or self._source().quant_config is not None
-        if quantized or scheme is not None:
-            return None if scheme is None else str(scheme)
-        raise UsageError(
-            f"{self.model} is 16 bit and --quantization {NAME} says not what to make of it; add "
-            '--hf-overrides \'{"quantization_config": {"quant_method": "qplug", "scheme": "W4A16_g128"}}\''
-        )
-
     def plan(self, specs: list[LayerSpec], dtype: torch.dtype) -> QuantPlan:
         """The decisions for the parts of one layer, made once: a layer that is asked for again has the same.
 
@@ -181,21 +182,43 @@ class QplugConfig(QuantizationConfig):
         return self._plans[key]
 
     def planner(self, dtype: torch.dtype) -> Planner:
-        """The planner of this checkpoint, from its headers where they can be read, else from the config alone."""
+        """The planner of this checkpoint, from its headers where they can be read, else from the config alone.
+
+        :raises UsageError: where ``--quantization qplug`` was given for a 16-bit checkpoint without a scheme.
+        """
         if self._planner is None:
-            source = self._source()
+            source, options = self._source(), Options.current()
+            if source.quant_config is None and not source.files and options.quantize is None:
+                raise UsageError(
+                    f"{self.model} is 16 bit and --quantization {NAME} does not say what to make of it; add --additional-config "
+                    '\'{"qplug": {"quantize": "W4A16_g128"}}\', or leave the flag out'
+                )
             name = str(dtype).removeprefix("torch.")
-            self._planner = Planner(source, device(), name, quantize=self.online(), assumed=not source.tensors)
+            self._planner = Planner(source, device(), name, options.policy, options.quantize, assumed=not source.tensors)
         return self._planner
 
     def stored(self, module: str) -> str:
         """The stored name of what vLLM calls ``module``."""
         if self._stored is None:
             names = [] if self._planner is None else list(self._planner.source.tensors)
-            renamed = [name if self.mapper is None else self.mapper.map_name(name) for name in names]
-            pairs = zip(renamed, names, strict=True)
-            self._stored = {new.rpartition(".")[0]: old.rpartition(".")[0] for new, old in pairs if new is not None}
+            self._stored = {self._renamed(name).rpartition(".")[0]: name.rpartition(".")[0] for name in names}
         return self._stored.get(module, module)
+
+    def fused_here(self, part: str, leaf: str, shard: int | str) -> None:
+        """The file holds ``part`` by itself and vLLM expects it in ``leaf`` already: say where it goes."""
+        self._fused[f".{part}."] = (f".{leaf}.", shard)
+
+    def _renamed(self, name: str) -> str:
+        name = name if self.mapper is None else self.mapper.map_name(name) or name
+        for old, new in RENAMED.get(self.model_type, {}).items():
+            name = name.replace(old, new, 1)
+        return name
+
+    def embedding(self) -> str:
+        """The input embedding, which some of vLLM's models make without a name; an empty string where the file does not say."""
+        self.stored("")
+        found = [module for module in self._stored or () if module.rpartition(".")[2] in EMBEDDINGS]
+        return found[0] if len(found) == 1 else ""
 
     def bind(self, decision: Decision, dtype: torch.dtype) -> QuantMethod:
         """The method that multiplies with one layer."""
@@ -230,7 +253,7 @@ class QplugConfig(QuantizationConfig):
         except CheckpointError as error:
             _say(f"qplug plans from the config alone: {error}")
             return assumed_source(self.config)
-        if self.config.get("quant_method", NAME) != NAME:
+        if self.config:
             source.quant_config, source.quant_config_from = self.config, "the quantization_config that vLLM gave"
         return source
 
@@ -240,6 +263,13 @@ def device() -> Device:
     from vllm.platforms import current_platform
 
     return Device.cpu() if current_platform.is_cpu() else Device.current()
+
+
+def _has_experts(hf_config: Any) -> bool:
+    text = hf_config.get_text_config() if hasattr(hf_config, "get_text_config") else hf_config
+    return any(
+        getattr(text, name, None) for name in ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+    )
 
 
 def _check_engine() -> None:

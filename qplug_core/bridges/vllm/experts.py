@@ -11,7 +11,7 @@ from vllm.model_executor.layers.fused_moe.activation import ApplyMoEActivationCo
 from vllm.model_executor.layers.fused_moe.config import FusedMoEQuantConfig
 from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
 
-from ...plan import Decision
+from ...quant_plan import Decision
 from .layers import local_experts
 from .weights import Weights, place, show
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, Any
 
-import regex
 import torch
 from torch import Tensor
 from vllm.model_executor.layers.quantization.kv_cache import BaseKVCacheMethod
@@ -22,7 +22,7 @@ ROLES = ("q_scale", "k_scale", "v_scale")
 
 def is_served(kv: TensorQuant) -> bool:
     """True for the cache that vLLM has with stored scales: FP8 e4m3, one scale for keys and one for values."""
-    return kv.dtype == "fp8" and kv.block == (0, 0) and kv.dynamic is not True
+    return kv.dtype == "fp8_e4m3" and kv.block == (0, 0) and kv.dynamic is not True
 
 
 def cache_method(config: QplugConfig, layer: Any, prefix: str) -> BaseKVCacheMethod | None:
@@ -69,10 +69,17 @@ def scale_mapper(config: QplugConfig, default: Any) -> Any:
     if planner is None or planner.format is None:
         return default
     kv = planner.config.kv
+    if kv is None:
+        return default
+    roles = list(planner.format.kv_tensors("@").items())
+    stored = {
+        name.removeprefix("@"): role
+        for role, names in reversed(roles)  # AutoFP8's one scale is that of the keys, for vLLM.
+        for name in ((names,) if isinstance(names, str) else names)
+    }
     rules: dict[Any, str | None] = {}
-    for role, names in planner.format.kv_tensors("@").items():
-        for name in (names,) if isinstance(names, str) else names:
-            pattern = regex.compile(rf"^(.+){regex.escape(name.removeprefix('@'))}$")
-            used = kv is not None and is_served(kv) and role in ROLES
-            rules[pattern] = rf"\1.attn.{role}" if used else None
+    for suffix in sorted(stored, key=len, reverse=True):
+        role = stored[suffix]
+        pattern = re.compile(rf"^(.+)(?<!\.attn){re.escape(suffix)}$")
+        rules[pattern] = rf"\1.attn.{role}" if is_served(kv) and role in ROLES else None
     return WeightsMapper(orig_to_new_regex=rules) | default

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from vllm.model_executor.layers.linear import QKVParallelLinear, RowParallelLinear
 
-from ...engine.describe import EXPERT_PARTS, FUSED_EXPERT
+from ...engine.describe import EXPERT_PARTS, FUSED, FUSED_EXPERT
 from ...errors import UsageError
 from ...layer import LayerSpec, StoredPart
 
+_OTHER = re.compile(r"(^|\.)(visual|vision\w*|audio\w*|image\w*|multi_modal\w*|mm_\w*)(\.|$)")
+"""Parts of a multimodal model that quantization at load leaves alone, by vLLM's names."""
 Stored = Callable[[str], str]
 
 
@@ -21,11 +24,12 @@ def linear_spec(layer: Any, prefix: str, packed: dict[str, list[str]], stored: S
     """
     parent, _, leaf = prefix.rpartition(".")
     heights: list[int] = list(layer.output_partition_sizes)
+    online = not _OTHER.search(prefix)
     if isinstance(layer, RowParallelLinear):
         rank, width = int(layer.tp_rank), int(layer.input_size_per_partition)
         columns = (rank * width, (rank + 1) * width) if layer.tp_size > 1 else None
         part = (StoredPart(stored(prefix), heights[0]),)
-        return LayerSpec(prefix, "linear", heights[0], layer.input_size, (part,), columns=columns)
+        return LayerSpec(prefix, "linear", heights[0], layer.input_size, (part,), columns=columns, online=online)
     # A replicated layer learns its rank only later, and is whole on each.
     rank, world = (int(layer.tp_rank), int(layer.tp_size)) if hasattr(layer, "input_size_per_partition") else (0, 1)
     copies = [1, *[int(layer.num_kv_head_replicas)] * 2] if isinstance(layer, QKVParallelLinear) else [1] * len(heights)
@@ -46,7 +50,10 @@ def linear_spec(layer: Any, prefix: str, packed: dict[str, list[str]], stored: S
             fused.append(StoredPart(stored(prefix), n, (start + low, start + high), total))
             start += whole
         alternatives.append(tuple(fused))
-    return LayerSpec(prefix, "linear", sum(heights), layer.input_size, tuple(alternatives))
+        if len(names) == 1 and len(FUSED.get(leaf, ())) == len(heights):
+            split = [stored(f"{parent}.{name}") for name in FUSED[leaf]]
+            alternatives.append(tuple(_part(s, n, r, w) for s, n, (r, w) in zip(split, heights, cuts, strict=True)))
+    return LayerSpec(prefix, "linear", sum(heights), layer.input_size, tuple(alternatives), online=online)
 
 
 def vocabulary_spec(layer: Any, prefix: str, op: Any, tied_to: str | None, stored: Stored) -> LayerSpec:

@@ -10,7 +10,7 @@ from vllm.config import get_current_vllm_config
 from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.linear import LinearMethodBase
 
-from ...plan import Decision
+from ...quant_plan import Decision
 from .weights import Weights, place, show
 
 if TYPE_CHECKING:
@@ -40,9 +40,11 @@ class QplugLinear(LinearMethodBase):
         self.n = decision.layer.n
         config.wait_for(self.name)
 
-    def create_weights(self, layer: Any, input_size: int, output_sizes: list[int], *sizes: Any, **extra: Any) -> None:
+    def create_weights(
+        self, layer: Any, input_size_per_partition: int, output_partition_sizes: list[int], *sizes: Any, **extra: Any
+    ) -> None:
         """Register an empty parameter for each stored tensor."""
-        self.n = sum(output_sizes)
+        self.n = sum(output_partition_sizes)
         for suffix in sorted(self.weights.suffixes):
             place(layer, suffix, self.weights.elements(suffix), self._loader(suffix))
         get_current_vllm_config().compilation_config.static_forward_context[self.name] = layer

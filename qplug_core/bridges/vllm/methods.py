@@ -11,6 +11,7 @@ from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMetho
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 
 from ...errors import UsageError
+from ...quant_plan import Decision
 from .experts import QplugExperts
 from .kv_cache import cache_method
 from .layers import expert_specs, linear_spec, vocabulary_spec
@@ -23,15 +24,19 @@ if TYPE_CHECKING:
 def method_for(config: QplugConfig, layer: Any, prefix: str) -> Any:
     """qplug's method where anything of the layer is quantized, else what vLLM takes for "leave it"."""
     dtype = getattr(layer, "params_dtype", None) or torch.get_default_dtype()
-    config.planner(dtype)
+    planner = config.planner(dtype)
     if isinstance(layer, LinearBase):
-        if isinstance(layer, GateLinear) and config.online() is not None:
+        if isinstance(layer, GateLinear) and planner.online:
             return UnquantizedLinearMethod()  # A router decides by small differences, and no producer quantizes it.
         spec = linear_spec(layer, prefix, config.packed_modules_mapping, config.stored)
         (decision,) = config.plan([spec], dtype).decisions
+        _note_split(config, decision, prefix)
         return QplugLinear(config, decision, dtype) if decision.quantized else UnquantizedLinearMethod()
     if isinstance(layer, VocabParallelEmbedding):
         head = isinstance(layer, ParallelLMHead)
+        prefix = prefix or config.embedding()
+        if not prefix:
+            return None
         tied = "embed_tokens" if head and config.tied else None
         spec = vocabulary_spec(layer, prefix, "lm_head" if head else "embedding", tied, config.stored)
         (decision,) = config.plan([spec], dtype).decisions
@@ -49,3 +54,12 @@ def method_for(config: QplugConfig, layer: Any, prefix: str) -> Any:
     if isinstance(layer, Attention):
         return cache_method(config, layer, prefix)
     return None
+
+
+def _note_split(config: QplugConfig, decision: Decision, prefix: str) -> None:
+    """Tell vLLM of parts that this file holds one by one where the model's own code expects them fused."""
+    leaf = prefix.rpartition(".")[2]
+    parts = [part.name.rpartition(".")[2] for segment in decision.segments for part in segment.parts]
+    if config.packed_modules_mapping.get(leaf, [leaf]) == [leaf] and len(set(parts)) > 1:
+        for i, part in enumerate(parts):
+            config.fused_here(part, leaf, "qkv"[i] if len(parts) == 3 else i)

@@ -13,6 +13,7 @@ from ...device import Device
 from ...errors import QplugError, UsageError
 from ...planner import assumed_source, read_config
 from ...registry import Registry
+from ...resolve import Policy
 from . import NAME, VERSIONS
 
 VARIABLE = "QPLUG_VLLM"
@@ -20,38 +21,71 @@ VARIABLE = "QPLUG_VLLM"
 
 @dataclass(frozen=True)
 class Served:
-    """What vLLM serves by itself: layouts of schemes, under one ``quant_method``, on some devices."""
+    """What vLLM serves by itself: layouts (any where none is named) of schemes, under one ``quant_method``, on some devices."""
 
     method: str
     layouts: tuple[str, ...]
     schemes: tuple[str, ...]
     devices: tuple[str, ...]
+    experts: bool = True
 
 
-GPU = ("sm_80+", "gfx90a+", "gfx11*", "gfx12*")
+@dataclass(frozen=True)
+class Options:
+    """What the user gave as ``--additional-config '{"qplug": {...}}'``: the words of :func:`qplug_core.load`.
+
+    ``quantize``: the scheme that a 16-bit checkpoint is quantized to at load.
+    """
+
+    policy: Policy
+    quantize: str | None = None
+
+    @classmethod
+    def current(cls) -> Options:
+        """Of the model that vLLM is making.
+
+        :raises UsageError: for a word that is not known.
+        """
+        from vllm.config import get_current_vllm_config_or_none
+
+        config = get_current_vllm_config_or_none()
+        given = getattr(config, "additional_config", None)
+        words = dict(given.get(NAME, {})) if isinstance(given, dict) else {}
+        quantize = words.pop("quantize", None)
+        known = ("kernels", "pin", "forbid", "activations")
+        if unknown := sorted(words.keys() - set(known)):
+            raise UsageError(f"additional_config of {NAME} has {unknown[0]!r}; {', '.join(('quantize', *known))} are known")
+        return cls(Policy(**{**words, "forbid": frozenset(words.get("forbid", ()))}), quantize)
+
+
+PACKED, INT8, FP8 = ("pack-quantized",), ("int-quantized", "naive-quantized"), ("float-quantized", "naive-quantized")
+AMPERE = ("sm_80+", "gfx90a+", "gfx11*", "gfx12*")
+TURING = ("sm_75+", *AMPERE[1:])
+HAS_FP8 = ("sm_89+", "gfx942+", "gfx12*")
 SERVED = (
-    Served("gptq", ("gptq",), ("W{4,8}A16 channel|g32|g64|g128 sym",), ("sm_75+", *GPU[1:])),
-    Served("gptq", ("gptq",), ("W4A16 g32|g64|g128 sym",), ("avx2",)),
-    Served("awq", ("awq_gemm",), ("W4A16 g32|g64|g128 sym|asym",), ("sm_75+", *GPU[1:])),
-    Served("compressed-tensors", ("pack-quantized",), ("W{4,8}A16 channel|g32|g64|g128 sym|asym actorder",), GPU),
-    Served("compressed-tensors", ("pack-quantized",), ("W4A16 channel|g32|g64|g128 sym|asym",), ("avx2",)),
-    Served("compressed-tensors", ("int-quantized", "naive-quantized"), ("W8A8 tensor|channel a:token|tensor.static",), (*GPU[:1], "avx2")),
+    Served("gptq", ("gptq",), ("W{4,8}A16 channel|g32|g64|g128 sym",), TURING),
+    Served("gptq", ("gptq",), ("W4A16 g32|g64|g128 sym",), ("avx512",), False),
+    Served("awq", ("awq_gemm",), ("W4A16 g32|g64|g128 sym|asym",), TURING),
+    Served("awq", ("awq_gemm",), ("W4A16 g32|g64|g128 sym|asym",), ("avx512",), False),
+    Served("compressed-tensors", PACKED, ("W{4,8}A16 channel|g32|g64|g128 sym|asym",), AMPERE),
+    Served("compressed-tensors", PACKED, ("W4A16 channel|g32|g64|g128 sym|asym",), ("avx512",), False),
+    Served("compressed-tensors", INT8, ("W8A8 tensor|channel a:token|tensor.static|tensor.static.asym",), ("sm_80+",)),
     Served(
-        "compressed-tensors",
-        ("float-quantized", "naive-quantized"),
-        ("Wfp8Afp8 tensor|channel|b128x128 a:token|tensor.static|g128",),
-        ("sm_89+", "gfx942+", "gfx12*"),
+        "compressed-tensors", INT8, ("W8A8 tensor|channel a:token|tensor.static|tensor.static.asym",), ("avx512",), False
     ),
+    Served("compressed-tensors", FP8, ("Wfp8Afp8 tensor|channel|b128x128 a:token|tensor.static|g128",), HAS_FP8),
+    Served("compressed-tensors", FP8, ("Wfp8Afp8 channel a:token",), ("avx512",), False),
     Served("compressed-tensors", ("nvfp4-pack-quantized",), ("Wnvfp4A{16,nvfp4} g16 a:g*|g*.local",), ("sm_80+",)),
     Served("compressed-tensors", ("mxfp4-pack-quantized",), ("Wmxfp4A{16,mxfp4} g32 a:g*",), ("sm_80+",)),
-    Served("fp8", ("fp8",), ("Wfp8Afp8 tensor a:token|tensor|tensor.static",), ("sm_80+", "gfx942+", "gfx12*")),
-    Served("fp8", ("fp8_inv", "fp8_block"), ("Wfp8Afp8 b128x128 a:g128",), ("sm_80+", "gfx942+", "gfx12*")),
+    Served("fp8", ("fp8",), ("Wfp8Afp8 tensor a:token|tensor|tensor.static",), HAS_FP8),
+    Served("fp8", ("fp8_inv", "fp8_block"), ("Wfp8Afp8 b128x128 a:g128",), HAS_FP8),
     Served("modelopt", (), ("Wfp8Afp8 tensor|channel a:token|tensor.static",), ("sm_89+",)),
     Served("modelopt_fp4", (), ("Wnvfp4A{16,nvfp4} g16 a:g*|g*.local",), ("sm_80+",)),
     Served("mxfp4", (), ("Wmxfp4A{16,mxfp4} g32 a:g*",), ("sm_80+", "gfx90a+")),
-    Served("quark", (), ("Wfp8Afp8 tensor|channel a:token|tensor.static", "W8A8 tensor|channel a:token|tensor.static"), ("sm_89+", "gfx942+")),
-)  # fmt: skip
-"""Of the versions in VERSIONS. What is not here counts as refused, because qplug has a floor and vLLM has none."""
+    Served("quark", (), ("Wfp8Afp8 tensor|channel a:token|tensor.static",), HAS_FP8[:2]),
+)
+"""Of the versions in VERSIONS; the CPU rows were run, the others are read from its code. What is not here counts as refused: qplug has
+a floor and vLLM has none."""
 
 
 @dataclass(frozen=True)
@@ -68,25 +102,27 @@ def decide(
     device: Device,
     registry: Registry,
     environ: Mapping[str, str] | None = None,
+    moe: bool = False,
 ) -> Claim | None:
     """Who serves a checkpoint with this ``quantization_config``; None where no installed format reads it.
 
-    ``asked``: what the user gave as ``--quantization``.
+    ``asked``: what the user gave as ``--quantization``. ``moe``: whether the model has experts.
 
     :raises UsageError: for a policy that is not understood.
     :raises ConfigError: for a config that only qplug could read, and does not.
     """
-    method = str(config.get("quant_method", "")).lower()
+    method = str(config.get("quant_method") or config.get("quantization") or "").lower()
     if asked == NAME:
         return Claim(True, f"--quantization {NAME} asks for it")
-    detected = {name for entry in (*registry.formats, *registry.configs) for name in entry.decl.detects}
+    detected = {name for form in registry.formats for name in form.decl.detects}
+    detected |= {name for other in registry.configs for name in other.decl.detects}
     wanted = policy(os.environ if environ is None else environ, detected)
     if method not in detected:
         return None
     if asked is not None:
         return Claim(False, f"--quantization {asked} asks for vLLM's own")
     try:
-        lacking = refused(config, method, device, registry)
+        lacking = refused(config, method, device, registry, moe)
     except QplugError as error:
         if not any(entry.method == method for entry in SERVED):
             raise
@@ -113,21 +149,25 @@ def policy(environ: Mapping[str, str], known: set[str]) -> Sequence[str]:
     return words
 
 
-def refused(config: Mapping[str, Any], method: str, device: Device, registry: Registry) -> str:
+def refused(config: Mapping[str, Any], method: str, device: Device, registry: Registry, moe: bool) -> str:
     """What vLLM does not serve of a config, as a clause; an empty string where it serves all of it."""
+    parsed, _ = read_config(assumed_source(dict(config)), registry)
     here = [entry for entry in SERVED if entry.method == method and device.matches_any(entry.devices)]
     if not any(entry.method == method for entry in SERVED):
         return f"vLLM {VERSIONS} has no {method}"
     if not here:
         return f"vLLM {VERSIONS} does not serve {method} on {device.arch}"
-    parsed, _ = read_config(assumed_source(dict(config)), registry)
+    if moe and not any(entry.experts for entry in here):
+        return f"vLLM {VERSIONS} does not serve experts of {method} on {device.arch}"
     quants = dict.fromkeys(rule.quant for rule in parsed.rules if rule.quant is not None)
     for quant in quants:
-        if not any(_serves(entry, quant) for entry in here):
+        if not any(_serves(entry, quant, moe) for entry in here):
             return f"vLLM {VERSIONS} does not serve {quant.scheme} stored as {quant.layout} on {device.arch}"
     return ""
 
 
-def _serves(entry: Served, quant: LayerQuant) -> bool:
+def _serves(entry: Served, quant: LayerQuant, moe: bool) -> bool:
+    if moe and not entry.experts:
+        return False
     layout = not entry.layouts or quant.layout in entry.layouts
     return layout and any(SchemePattern(text).matches(quant.scheme) for text in entry.schemes)

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from ...errors import CheckpointError
 from ...method import QuantMethod, plain_name
-from ...plan import Decision
 from ...planner import Planner
+from ...quant_plan import Decision
 from ...source import MemorySource
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from qplug_core.decl import FormatDecl, QuantizerDecl
+from qplug_core.decl import OPTIMIZED, FormatDecl, KernelDecl, QuantizerDecl
 from qplug_core.hookspecs import hookimpl
 
 API = "1.0"
@@ -24,6 +24,33 @@ def qplug_formats() -> list[FormatDecl]:
             ops=("linear", "experts", "lm_head"),
             summary="bitsandbytes checkpoints: NF4, FP4, LLM.int8",
         )
+    ]
+
+
+@hookimpl
+def qplug_kernels() -> list[KernelDecl]:
+    """4-bit codebooks times 16-bit activations."""
+    return [
+        KernelDecl(
+            "bitsandbytes.cpu_wnf4a16",
+            impl="qplug_bitsandbytes.kernels.cpu_wnf4a16:CpuWNF4A16",
+            ops=("linear", "experts", "lm_head"),
+            schemes=(FOUR_BIT,),
+            devices=("avx2",),
+            rank=OPTIMIZED,
+            summary="x86 vector units, codes looked up in registers",
+        ),
+        KernelDecl(
+            "bitsandbytes.triton_wnf4a16",
+            impl="qplug_bitsandbytes.kernels.triton_wnf4a16:TritonWNF4A16",
+            ops=("linear", "experts", "lm_head"),
+            schemes=(FOUR_BIT,),
+            devices=("sm_80+", "gfx90a+", "gfx11*", "gfx12*"),
+            rank=OPTIMIZED,
+            dtypes=("bfloat16", "float16"),
+            requires=("triton>=3.6",),
+            summary="GPU matrix units, codes looked up in registers",
+        ),
     ]
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from qplug_core.decl import FormatDecl, QuantizerDecl
+from qplug_core.decl import OPTIMIZED, FormatDecl, KernelDecl, QuantizerDecl
 from qplug_core.hookspecs import hookimpl
 from qplug_core.layer import Op
 
@@ -45,6 +45,65 @@ def qplug_formats() -> list[FormatDecl]:
             schemes=MXFP8,
             ops=OPS,
             summary="e4m3 codes, power-of-two block scales",
+        ),
+    ]
+
+
+@hookimpl
+def qplug_kernels() -> list[KernelDecl]:
+    """FP4 and MXFP8 weights times 16-bit activations, or those that the formats quantize."""
+    return [
+        KernelDecl(
+            "fp4.cpu_wfp4a16",
+            impl="qplug_fp4.kernels.cpu_wfp4a16:CpuWFP4A16",
+            ops=OPS,
+            schemes=("Wnvfp4A16 g16|g32", "Wmxfp4A16 g32", "Wfp4A16 g*", "Wmxfp8A16 g32"),
+            devices=("avx2",),
+            rank=OPTIMIZED,
+            summary="x86 vector units, codes looked up in registers",
+        ),
+        KernelDecl(
+            "fp4.cpu_wfp4afp4",
+            impl="qplug_fp4.kernels.cpu_wfp4afp4:CpuWFP4AFP4",
+            ops=OPS,
+            schemes=(
+                "Wnvfp4Anvfp4 g16 a:g16.local",
+                "W{nvfp4,mxfp4}Afp8 g16|g32 a:token|tensor.static",
+                "Wmxfp4A{mxfp4,mxfp8} g32 a:g32 rules=ct|floor|ceil|even|up",
+                "Wmxfp8Amxfp8 g32 a:g32 rules=ct|floor|ceil|even|up",
+            ),
+            devices=("avx2",),
+            rank=OPTIMIZED,
+            mode="emulated",
+            summary="x86 vector units, FP4 and FP8 codes multiplied as bfloat16 or float32",
+        ),
+        KernelDecl(
+            "fp4.triton_wfp4a16",
+            impl="qplug_fp4.kernels.triton_wfp4a16:TritonWFP4A16",
+            ops=OPS,
+            schemes=("Wnvfp4A16 g16|g32", "Wmxfp4A16 g32", "Wfp4A16 g*", "Wmxfp8A16 g32"),
+            devices=("sm_80+", "gfx90a+", "gfx11*", "gfx12*"),
+            rank=OPTIMIZED,
+            dtypes=("bfloat16", "float16"),
+            requires=("triton>=3.6",),
+            summary="GPU matrix units, FP4 and FP8 codes decoded from their bits",
+        ),
+        KernelDecl(
+            "fp4.triton_weight_only",
+            impl="qplug_fp4.kernels.triton_weight_only:TritonFP4WeightOnly",
+            ops=OPS,
+            schemes=(
+                "Wnvfp4Anvfp4 g16 a:g16.local",
+                "W{nvfp4,mxfp4}Afp8 g16|g32 a:token|tensor.static",
+                "Wmxfp4A{mxfp4,mxfp8} g32 a:g32 rules=ct|floor|ceil|even|up",
+                "Wmxfp8Amxfp8 g32 a:g32 rules=ct|floor|ceil|even|up",
+            ),
+            devices=("sm_80+", "gfx90a+", "gfx11*", "gfx12*"),
+            rank=OPTIMIZED,
+            dtypes=("bfloat16", "float16"),
+            mode="weight-only",
+            requires=("triton>=3.6",),
+            summary="as fp4.triton_wfp4a16, activations left at 16 bit",
         ),
     ]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from qplug_core.decl import FormatDecl, QuantizerDecl
+from qplug_core.decl import OPTIMIZED, FormatDecl, KernelDecl, QuantizerDecl
 from qplug_core.hookspecs import hookimpl
 from qplug_core.layer import Op
 
@@ -48,6 +48,74 @@ def qplug_formats() -> list[FormatDecl]:
             schemes=BLOCKS[:2],
             ops=OPS,
             summary="FastDeploy block_wise_fp8 in Paddle's orientation",
+        ),
+    ]
+
+
+@hookimpl
+def qplug_kernels() -> list[KernelDecl]:
+    """FP8 weights times 16-bit or FP8 activations."""
+    return [
+        KernelDecl(
+            "fp8.cpu_wfp8a16",
+            impl="qplug_fp8.kernels.cpu_wfp8a16:CpuWFP8A16",
+            ops=OPS,
+            schemes=("W{fp8,fp8e5m2}A16 tensor|channel|g*|b*", "Wmxfp8A16 g32|b128x128"),
+            devices=("avx2",),
+            rank=OPTIMIZED,
+            summary="x86 vector units, codes converted in registers",
+        ),
+        KernelDecl(
+            "fp8.cpu_wfp8afp8",
+            impl="qplug_fp8.kernels.cpu_wfp8afp8:CpuWFP8AFP8",
+            ops=OPS,
+            schemes=(
+                "W{fp8,fp8e5m2}Afp8 tensor|channel a:token|tensor|tensor.static rules=ub1200",
+                "Wfp8Afp8 channel|g*|b* a:token|g*|tensor.static",
+                "Wmxfp8Afp8 b128x128 a:token|g*|tensor.static",
+            ),
+            devices=("avx2",),
+            rank=OPTIMIZED,
+            mode="emulated",
+            summary="x86 vector units, FP8 codes multiplied as bfloat16 or float32",
+        ),
+        KernelDecl(
+            "fp8.triton_wfp8a16",
+            impl="qplug_fp8.kernels.triton_wfp8a16:TritonWFP8A16",
+            ops=OPS,
+            schemes=("W{fp8,fp8e5m2}A16 tensor|channel|g*|b*", "Wmxfp8A16 g32|b128x128"),
+            devices=("sm_80+", "gfx90a+", "gfx11*", "gfx12*"),
+            rank=OPTIMIZED,
+            dtypes=("bfloat16", "float16"),
+            requires=("triton>=3.6",),
+            summary="GPU matrix units, FP8 codes decoded from their bits",
+        ),
+        KernelDecl(
+            "fp8.triton_weight_only",
+            impl="qplug_fp8.kernels.triton_weight_only:TritonFP8WeightOnly",
+            ops=OPS,
+            schemes=("W{fp8,fp8e5m2}Afp8 tensor|channel a:token|tensor|tensor.static rules=ub1200", "Wfp8Afp8 b* a:g*"),
+            devices=("sm_80-sm_88", "gfx90a", "gfx11*"),
+            rank=OPTIMIZED,
+            dtypes=("bfloat16", "float16"),
+            mode="weight-only",
+            requires=("triton>=3.6",),
+            summary="as fp8.triton_wfp8a16, where there are no FP8 units",
+        ),
+        KernelDecl(
+            "fp8.triton_wfp8afp8",
+            impl="qplug_fp8.kernels.triton_wfp8afp8:TritonWFP8AFP8",
+            ops=OPS,
+            schemes=(
+                "Wfp8Afp8 tensor|channel a:token|tensor|tensor.static rules=ub1200",
+                "Wfp8Afp8 b128x128 a:g128",
+                "Wfp8Afp8 b64x32 a:g32",
+            ),
+            devices=("sm_89+", "gfx942", "gfx950", "gfx12*"),
+            rank=OPTIMIZED,
+            dtypes=("bfloat16", "float16"),
+            requires=("triton>=3.6",),
+            summary="FP8 matrix units",
         ),
     ]
 

@@ -9,7 +9,7 @@ from qplug_core.layer import Op
 API = "1.0"
 
 SCHEMES = ("W{2,3,4,8}A16 channel|g* sym|asym actorder",)
-"""What the kernel multiplies; the format holds more."""
+"""What every kernel multiplies; the format holds more."""
 
 PLANAR = ("W{5,6,7}A16 channel|g* sym|asym actorder",)
 W4A8 = ("W4A{8,fp8} channel|g* sym|asym a:token|tensor|tensor.static",)
@@ -63,16 +63,26 @@ def qplug_formats() -> list[FormatDecl]:
 
 @hookimpl
 def qplug_kernels() -> list[KernelDecl]:
-    """Integer weights times 16-bit activations."""
+    """Integer weights times 16-bit or 8-bit activations."""
     return [
         KernelDecl(
             "gptq.cpu_wna16",
             impl="qplug_gptq.kernels.cpu_wna16:CpuWNA16",
             ops=("linear", "experts", "lm_head"),
-            schemes=SCHEMES,
+            schemes=SCHEMES + PLANAR,
             devices=("avx2",),
             rank=OPTIMIZED,
             summary="x86 vector units, codes unpacked in registers",
+        ),
+        KernelDecl(
+            "gptq.cpu_w4a8",
+            impl="qplug_gptq.kernels.cpu_w4a8:CpuW4A8",
+            ops=OPS,
+            schemes=W4A8,
+            devices=("avx2",),
+            rank=OPTIMIZED,
+            mode="emulated",
+            summary="x86 vector units, INT8 and FP8 codes multiplied as bfloat16 or float32",
         ),
         KernelDecl(
             "gptq.triton_wna16",

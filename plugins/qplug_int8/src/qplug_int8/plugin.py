@@ -54,6 +54,38 @@ def qplug_kernels() -> list[KernelDecl]:
             rank=OPTIMIZED,
             summary="x86 integer dot products, exact in int32",
         ),
+        KernelDecl(
+            "int8.cpu_w8a8_group",
+            impl="qplug_int8.kernels.cpu_w8a8_group:CpuW8A8Group",
+            ops=("linear", "experts", "lm_head"),
+            schemes=(f"W8A8 g* {ACTIVATIONS}", "W8A8 channel|g*|b* a:g*"),
+            devices=("avx2",),
+            rank=OPTIMIZED,
+            mode="emulated",
+            summary="x86 vector units, INT8 codes multiplied as bfloat16 or float32",
+        ),
+        KernelDecl(
+            "int8.triton_w8a16",
+            impl="qplug_int8.kernels.triton_w8a16:TritonW8A16",
+            ops=("linear", "experts", "lm_head"),
+            schemes=(W8A16,),
+            devices=("sm_80+", "gfx90a+", "gfx11*", "gfx12*"),
+            rank=OPTIMIZED,
+            dtypes=("bfloat16", "float16"),
+            requires=("triton>=3.6",),
+            summary="GPU matrix units, weights widened in registers",
+        ),
+        KernelDecl(
+            "int8.triton_w8a8",
+            impl="qplug_int8.kernels.triton_w8a8:TritonW8A8",
+            ops=("linear", "experts", "lm_head"),
+            schemes=(f"W8A8 tensor|channel {ACTIVATIONS}",),
+            devices=("sm_80+", "gfx90a+", "gfx11*", "gfx12*"),
+            rank=OPTIMIZED,
+            dtypes=("bfloat16", "float16"),
+            requires=("triton>=3.6",),
+            summary="GPU integer matrix units, exact in int32",
+        ),
     ]
 
 

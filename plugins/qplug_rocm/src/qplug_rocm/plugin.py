@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from qplug_core.decl import FormatDecl, QuantizerDecl
+from qplug_core.decl import OPTIMIZED, FormatDecl, KernelDecl, QuantizerDecl
 from qplug_core.hookspecs import hookimpl
 from qplug_core.layer import Op
 
@@ -45,6 +45,25 @@ def qplug_formats() -> list[FormatDecl]:
             schemes=("Wfp8Afp8 channel a:token",),
             ops=("linear", "experts"),
             summary="FP8 with a scale for each token and each out channel; e4m3fnuz files too",
+        ),
+    ]
+
+
+@hookimpl
+def qplug_kernels() -> list[KernelDecl]:
+    """FP8 by token and channel on Instinct GPUs."""
+    return [
+        KernelDecl(
+            "rocm.triton_ptpc",
+            impl="qplug_rocm.kernels.triton_ptpc:TritonPTPC",
+            ops=OPS,
+            schemes=("Wfp8Afp8 channel a:token",),
+            devices=("gfx942", "gfx950"),
+            # The same code as fp8.triton_wfp8afp8, which takes more schemes and goes first where both are installed.
+            rank=OPTIMIZED - 1,
+            dtypes=("bfloat16", "float16"),
+            requires=("triton>=3.6",),
+            summary="FP8 matrix units, row-wise; e4m3fnuz on gfx942",
         ),
     ]
 

@@ -1,0 +1,1 @@
+"""Kernels of qplug-bitsandbytes, one file for each backend and scheme."""

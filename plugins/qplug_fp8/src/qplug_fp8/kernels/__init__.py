@@ -1,0 +1,1 @@
+"""Kernels of qplug-fp8, one file for each backend and scheme."""

@@ -1,0 +1,1 @@
+"""Kernels of qplug-rocm, one file for each backend and scheme."""

@@ -1,0 +1,236 @@
+/* Weight-only products of bfloat16 activations with the dot products of AVX512-BF16: codes become bfloat16 by table, sums are float32.
+ *
+ * Integers and 8-bit floats are exact in bfloat16, a table of float32 is rounded to it once where it is not. Scales stay outside of the sums,
+ * so that the result is that of float32. Only where groups are shorter than FOLD columns and tokens are many, weights are scaled
+ * before they are multiplied, and rounded once more: that is exact for FP4 and FP8 whose scales are E8M0 or e4m3, and what serving engines do
+ * with all others. Neither rounding is taken where the result is float32, as it is of quantized activations.
+ *
+ * xs: few tokens [rows][KP], many tokens [rows][columns] for each chunk of columns; columns of a unit in the order of `pair_of`.
+ */
+#ifndef QPLUG_BF16_PRODUCT_H
+#define QPLUG_BF16_PRODUCT_H
+
+#include "product.h"
+
+enum { MR16 = 6, CHUNK16 = 256, BLOCK16 = MR16 * 43, WIDE = 4, FOLD = 64 };
+
+typedef __m512bh vb;
+INLINE vb both(const uint16_t *x) { int32_t two; memcpy(&two, x, 4); return (vb)_mm512_set1_epi32(two); }
+
+/* The place in x of each of 32 packed columns, which are whole units. */
+INLINE __m512i column_order(int type) {
+    uint16_t order[32];
+    const int unit = unit_of(type);
+    for (int i = 0; i < 32; i++) order[i] = (uint16_t)(i / unit * unit + pair_of(type, i % unit / 2, i % 2));
+    return _mm512_loadu_si512(order);
+}
+
+/* Columns first .. first + count of row `row` to `to`, and the sums of segments s0 .. s1, which they are. */
+static void prepare16(int type, const Product *p, long row, long s0, long s1, uint16_t *to) {
+    const int unit = unit_of(type);
+    const long first = (long)p->segments[4 * s0] * unit, count = (long)p->segments[4 * s1 - 3] * unit - first;
+    const __m512i order = column_order(type);
+    const uint16_t *x = (const uint16_t *)p->x + row * p->k;
+    if (row >= p->m) memset(to, 0, (size_t)count * 2);
+    else if (!p->order) {
+        for (long k = 0; k < count; k += 32) {
+            const __mmask32 some = count - k < 32 ? (1u << (count - k)) - 1 : ~0u;
+            _mm512_mask_storeu_epi16(to + k, some, _mm512_permutexvar_epi16(order, _mm512_maskz_loadu_epi16(some, x + first + k)));
+        }
+    } else {
+        int place[32];
+        for (int i = 0; i < unit; i++) place[i] = pair_of(type, i / 2, i % 2);
+        for (long k = 0; k < count; k += unit)
+            for (int i = 0; i < unit; i++) {
+                const int32_t from = p->order[first + k + place[i]];
+                to[k + i] = from >= 0 ? x[from] : 0;
+            }
+    }
+    if (!p->sums) return;
+    const vb ones = (vb)_mm512_set1_epi16(0x3f80);
+    for (long s = s0; s < s1; s++) {
+        const int32_t *seg = p->segments + 4 * s;
+        const long columns = (long)(seg[1] - seg[0]) * unit;
+        const uint16_t *from = to + (long)seg[0] * unit - first;
+        vf sum = splat(0.0f);
+        for (long k = 0; k < columns; k += 32) {
+            const __mmask32 some = columns - k < 32 ? (1u << (columns - k)) - 1 : ~0u;
+            sum = _mm512_dpbf16_ps(sum, (vb)_mm512_maskz_loadu_epi16(some, from + k), ones);
+        }
+        p->sums[row * p->count + s] = _mm512_reduce_add_ps(sum);
+    }
+}
+
+/* H tiles of 16 rows for tokens m0 .. m0+MT, in NA partial sums. */
+INLINE void stream16(const int type, const int MT, const int H, const int NA, const Product *p, long tile, long m0) {
+    const int unit = unit_of(type), words = words_of(type) * TILE;
+    const long apart = p->kp / unit * words; /* from tile to tile */
+    const uint32_t *codes = codes_of(type, p, tile);
+    const uint16_t *xs = (const uint16_t *)p->xs + m0 * p->kp;
+    const Tables tables = *(const Tables *)p->tables;
+    vf total[8][2];
+    UNROLL for (int m = 0; m < MT; m++) UNROLL for (int h = 0; h < H; h++) total[m][h] = splat(0.0f);
+    for (long s = 0; s < p->count; s++) {
+        const int32_t *seg = p->segments + 4 * s;
+        vf acc[8][2][4];
+        UNROLL for (int m = 0; m < MT; m++) UNROLL for (int h = 0; h < H; h++)
+            UNROLL for (int a = 0; a < NA; a++) acc[m][h][a] = splat(0.0f);
+        const uint32_t *w = codes + (long)seg[0] * words;
+        const uint16_t *x = xs + (long)seg[0] * unit;
+        /* Past its end, a tile is followed by one that is being read already. */
+        const long ahead = AHEAD + (H == 2 && (codes + apart - w) * 4 < AHEAD ? apart * 4 : 0);
+        for (long u = seg[0]; u < seg[1]; u++, w += words, x += unit) {
+            __m512i v[2][16];
+            UNROLL for (int h = 0; h < H; h++) {
+                UNROLL for (int i = 0; i < words; i += 16) prefetch((const char *)(w + h * apart + i) + ahead);
+                pairs(type, &tables, w + h * apart, v[h]);
+            }
+            UNROLL for (int i = 0; i < unit / 2; i++)
+                UNROLL for (int m = 0; m < MT; m++) {
+                    const vb two = both(x + m * p->kp + 2 * i);
+                    UNROLL for (int h = 0; h < H; h++) acc[m][h][i % NA] = _mm512_dpbf16_ps(acc[m][h][i % NA], (vb)v[h][i], two);
+                }
+        }
+        UNROLL for (int h = 0; h < H; h++) {
+            const long grid = ((tile + h) * p->groups + seg[2]) * TILE;
+            const vf scale = load_scale(p->scale_kind, p->scales, grid), zero = zero_of(type, 1, p, grid);
+            UNROLL for (int m = 0; m < MT; m++) {
+                vf sum = acc[m][h][0];
+                UNROLL for (int a = 1; a < NA; a++) sum += acc[m][h][a];
+                if (p->sums) sum -= zero * splat(p->sums[(m0 + m) * p->count + s]);
+                if (p->x_groups > 1) sum *= splat(x_scale(p, m0 + m, seg[3]));
+                total[m][h] += scale * sum;
+            }
+        }
+    }
+    for (int m = 0; m < MT && m0 + m < p->m; m++)
+        UNROLL for (int h = 0; h < H; h++) finish(p, m0 + m, (tile + h) * TILE, total[m][h]);
+}
+
+/* Tile `tile` and, where `two`, the next one, which share what is loaded of x. Measured: worth it from five tokens on, not for 3 bits. */
+INLINE void stream_tokens16(const int type, const Product *p, long tile, int two) {
+    if (p->m == 1) stream16(type, 1, 1, 4, p, tile, 0);
+    else if (p->m == 2) stream16(type, 2, 1, 4, p, tile, 0);
+    else if (p->m <= 4) stream16(type, 4, 1, 2, p, tile, 0);
+    else
+        for (long m = 0; m < p->m; m += 8)
+            if (two) stream16(type, 8, 2, 1, p, tile, m);
+            else stream16(type, 8, 1, 2, p, tile, m);
+}
+
+/* c[MR16][PANEL] (+)= by[m] * scale[n] * (x[m][2 * count] * w[count][PANEL][2] - zero[n] * sum[m]) */
+static __attribute__((noinline)) void multiply16(const uint16_t *x, long stride, const __m512i *w, float *c, long count, const float *scale,
+                                                 const float *zero, const float *sum, const float *by, int first) {
+    vf acc[MR16][4];
+    if (zero) UNROLL for (int m = 0; m < MR16; m++) UNROLL for (int j = 0; j < 4; j++) acc[m][j] = load(zero + j * VL) * splat(-sum[m]);
+    else UNROLL for (int m = 0; m < MR16; m++) UNROLL for (int j = 0; j < 4; j++) acc[m][j] = splat(0.0f);
+    for (long k = 0; k < count; k++, w += 4, x += 2) {
+        const vb w0 = (vb)w[0], w1 = (vb)w[1], w2 = (vb)w[2], w3 = (vb)w[3];
+        UNROLL for (int m = 0; m < MR16; m++) {
+            const vb v = both(x + m * stride);
+            acc[m][0] = _mm512_dpbf16_ps(acc[m][0], v, w0);
+            acc[m][1] = _mm512_dpbf16_ps(acc[m][1], v, w1);
+            acc[m][2] = _mm512_dpbf16_ps(acc[m][2], v, w2);
+            acc[m][3] = _mm512_dpbf16_ps(acc[m][3], v, w3);
+        }
+    }
+    UNROLL for (int m = 0; m < MR16; m++, c += PANEL)
+        UNROLL for (int j = 0; j < 4; j++) {
+            vf y = acc[m][j];
+            if (scale) y *= load(scale + j * VL) * splat(by[m]);
+            store(c + j * VL, first ? y : load(c + j * VL) + y);
+        }
+}
+
+/* Pairs v times scale, less zero, rounded again. */
+INLINE __m512i scaled(__m512i v, vf scale, vf zero) {
+    const vf low = ((vf)_mm512_slli_epi32(v, 16) - zero) * scale;
+    const vf high = ((vf)_mm512_and_si512(v, _mm512_set1_epi32((int)0xffff0000)) - zero) * scale;
+    const __m512i halves = (__m512i)_mm512_cvtne2ps_pbh(high, low);
+    const __m512i order = (__m512i)((vu)_mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0) * 0x10001 + 0x100000);
+    return _mm512_permutexvar_epi16(order, halves);
+}
+
+/* Codes of `tiles` tiles and segments s0 .. s1 to bfloat16 [columns / 2][PANEL][2], scaled where `fold`. */
+INLINE void dequantize16(const int type, const Product *p, int fold, long tile0, long tiles, long s0, long s1, __m512i *to) {
+    const int unit = unit_of(type), words = words_of(type) * TILE;
+    const Tables tables = *(const Tables *)p->tables;
+    for (long t = 0; t < tiles; t++) {
+        const uint32_t *w = codes_of(type, p, tile0 + t) + (long)p->segments[4 * s0] * words;
+        __m512i *at = to + t;
+        for (long s = s0; s < s1; s++) {
+            const int32_t *seg = p->segments + 4 * s;
+            const long grid = ((tile0 + t) * p->groups + seg[2]) * TILE;
+            const vf scale = load_scale(p->scale_kind, p->scales, grid), zero = zero_of(type, 1, p, grid);
+            for (long u = seg[0]; u < seg[1]; u++, w += words) {
+                __m512i v[16];
+                pairs(type, &tables, w, v);
+                UNROLL for (int i = 0; i < unit / 2; i++, at += 4) *at = fold ? scaled(v[i], scale, zero) : v[i];
+            }
+        }
+    }
+}
+
+/* Segments s0 .. s1, a chunk, of one panel for tokens m0 .. m1, added to c[m1 - m0][PANEL]. */
+INLINE void chunk16(const int type, const Product *p, long tile0, long s0, long s1, long m0, long m1, long rows, float *c) {
+    __m512i weights[CHUNK16 / 2 * 4];
+    _Alignas(64) float scale[PANEL], zero[PANEL];
+    const int unit = unit_of(type), fold = p->fold;
+    const long all = round_up(p->n, TILE) / TILE, tiles = all - tile0 < PANEL / TILE ? all - tile0 : PANEL / TILE;
+    const long first = (long)p->segments[4 * s0] * unit, columns = (long)p->segments[4 * s1 - 3] * unit - first;
+    const uint16_t *xs = (const uint16_t *)p->xs + first * rows;
+    if (tiles < PANEL / TILE) memset(weights, 0, sizeof weights);
+    for (int n = 0; n < PANEL; n++) scale[n] = 1.0f, zero[n] = 0.0f;
+    dequantize16(type, p, fold, tile0, tiles, s0, s1, weights);
+    for (long a = s0, b; a < s1; a = b) {
+        /* Segments a .. b, which share their scales. */
+        const int32_t *seg = p->segments + 4 * a;
+        for (b = a + 1; b < s1 && (fold || p->segments[4 * b + 2] == seg[2]) && (p->x_groups <= 1 || p->segments[4 * b + 3] == seg[3]);) b++;
+        const long from = (long)seg[0] * unit - first, count = ((long)p->segments[4 * b - 3] * unit - first - from) / 2;
+        if (!fold)
+            for (long t = 0; t < tiles; t++) {
+                const long grid = ((tile0 + t) * p->groups + seg[2]) * TILE;
+                store(scale + t * TILE, load_scale(p->scale_kind, p->scales, grid));
+                store(zero + t * TILE, zero_of(type, 1, p, grid));
+            }
+        for (long m = m0; m < m1; m += MR16) {
+            float sum[MR16] = {0}, by[MR16];
+            for (int i = 0; i < MR16; i++) by[i] = p->x_groups > 1 ? x_scale(p, m + i, seg[3]) : 1.0f;
+            if (p->sums && !fold)
+                for (int i = 0; i < MR16; i++) for (long s = a; s < b; s++) sum[i] += p->sums[(m + i) * p->count + s];
+            multiply16(xs + m * columns + from, columns, weights + from / 2 * 4, c + (m - m0) * PANEL, count,
+                       fold && p->x_groups <= 1 ? NULL : scale, p->sums && !fold ? zero : NULL, sum, by, a == 0);
+        }
+    }
+}
+
+/* Whether the dot products keep what y can hold of a product. In a small one, rounded tables would show, and float32 costs nothing. */
+static int exact_enough(int type, const Product *p) {
+    if (type == LUT4 && (p->y_kind == F32 || p->n * p->kp < 1 << 16))
+        for (int i = 0; i < 16; i++) {
+            uint32_t bits;
+            memcpy(&bits, p->table + i, 4);
+            if (bits & 0xffff) return 0;
+        }
+    return 1;
+}
+
+static int folds(int type, const Product *p) {
+    const int exact = p->scale_kind == E8M0 || (p->scale_kind == E4M3 && type == LUT4);
+    return p->kp < p->count * FOLD && (exact || p->y_kind != F32);
+}
+
+/* Tokens m0 .. m1 of `rows` times the rows of panels n0 .. n1, which share a chunk of x while it is in the cache. */
+INLINE void panels16(const int type, const Product *p, long n0, long n1, long m0, long m1, long rows) {
+    _Alignas(64) float sums[WIDE][BLOCK16 * PANEL];
+    if (p->count == 0) memset(sums, 0, sizeof sums);
+    for (long s0 = 0, s1; s0 < p->count; s0 = s1) {
+        s1 = chunk_end(type, p, s0, CHUNK16);
+        for (long n = n0; n < n1; n++) chunk16(type, p, n * (PANEL / TILE), s0, s1, m0, m1, rows, sums[n - n0]);
+    }
+    for (long n = n0; n < n1; n++)
+        for (long m = m0; m < m1 && m < p->m; m++)
+            for (long j = n * PANEL; j < (n + 1) * PANEL && j < p->n; j += VL) finish(p, m, j, load(sums[n - n0] + (m - m0) * PANEL + j - n * PANEL));
+}
+
+#endif
