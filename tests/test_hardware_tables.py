@@ -59,7 +59,14 @@ def cell(device: str, row: str):
 
 
 MISSING = "qplug has no GPU kernel for it yet, and the reference kernel runs it slowly"
-SLOWER: dict[tuple[str, str], str] = {}
+SLOWER = {
+    ("W4A8 AWQ", "sm_90"): MISSING,
+    ("W4A8 AWQ", "sm_89"): MISSING,
+    ("W4A8 GPTQ", "sm_90"): MISSING,
+    ("W4A8 GPTQ", "sm_89"): MISSING,
+    ("WINT2", "sm_90"): MISSING,
+    ("2:4 FP8", "sm_90"): "it is decoded to dense weights, and no GPU kernel declares them yet",
+}
 """Cells (row, device) that a table has and qplug runs on the reference kernel only, with the reason."""
 
 BROADER = {

@@ -48,7 +48,10 @@ def test_a_minimal_config_is_understood(config, scheme):
     ("more", "expected"),
     [
         ({"dynamic": {"-:.*down_proj": {}}}, {"q_proj": "W4A16_g128", "down_proj": "None", "lm_head": "None"}),
-        ({"dynamic": {"+:.*down_proj": {"bits": 8}}}, {"q_proj": "W4A16_g128", "down_proj": "W8A16_g128", "lm_head": "None"}),
+        (
+            {"dynamic": {"+:.*down_proj": {"bits": 8}}},
+            {"q_proj": "W4A16_g128", "down_proj": "W8A16_g128", "lm_head": "None"},
+        ),
         ({"lm_head": True}, {"q_proj": "W4A16_g128", "down_proj": "W4A16_g128", "lm_head": "W4A16_g128"}),
         ({"modules_to_not_convert": ["down_proj"]}, {"q_proj": "W4A16_g128", "down_proj": "None", "lm_head": "None"}),
     ],
@@ -60,7 +63,13 @@ def test_vllm_keys_of_gptq(more, expected):
 
 
 def test_vllm_modules_to_not_convert_of_awq():
-    config = {"bits": 4, "group_size": 128, "quant_method": "awq", "zero_point": True, "modules_to_not_convert": ["down_proj"]}
+    config = {
+        "bits": 4,
+        "group_size": 128,
+        "quant_method": "awq",
+        "zero_point": True,
+        "modules_to_not_convert": ["down_proj"],
+    }
     plan = qplug_core.plan(config, LAYERS)
     assert plan["model.layers.0.mlp.down_proj"].segments[0].scheme is None
     assert plan["model.layers.0.self_attn.q_proj"].segments[0].scheme is not None

@@ -49,9 +49,13 @@ class Contender:
     note: str = ""
 
 
+MOST = 256
+"""Copies of one weight at most; more would take longer to make than to time. Smaller weights stay in a cache."""
+
+
 def copies(beyond: int, nbytes: int, make: Callable[[int], Call]) -> list[Call]:
-    """Calls on as many copies of a weight of ``nbytes`` as do not fit into ``beyond`` bytes; at least one."""
-    return [make(i) for i in range(max(1, -(-beyond // max(nbytes, 1))))]
+    """Calls on as many copies of a weight of ``nbytes`` as do not fit into ``beyond`` bytes; from 1 to :data:`MOST`."""
+    return [make(i) for i in range(min(MOST, max(1, -(-beyond // max(nbytes, 1)))))]
 
 
 def of_kernel(kernel: Kernel, weight: QuantWeight, name: str, beyond: int) -> Contender:

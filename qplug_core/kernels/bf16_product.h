@@ -137,7 +137,8 @@ static __attribute__((noinline)) void multiply16(const uint16_t *x, long stride,
     UNROLL for (int m = 0; m < MR16; m++, c += PANEL)
         UNROLL for (int j = 0; j < 4; j++) {
             vf y = acc[m][j];
-            if (scale) y *= load(scale + j * VL) * splat(by[m]);
+            if (scale) y *= load(scale + j * VL);
+            if (by) y *= splat(by[m]);
             store(c + j * VL, first ? y : load(c + j * VL) + y);
         }
 }
@@ -174,13 +175,12 @@ INLINE void dequantize16(const int type, const Product *p, int fold, long tile0,
 /* Segments s0 .. s1, a chunk, of one panel for tokens m0 .. m1, added to c[m1 - m0][PANEL]. */
 INLINE void chunk16(const int type, const Product *p, long tile0, long s0, long s1, long m0, long m1, long rows, float *c) {
     __m512i weights[CHUNK16 / 2 * 4];
-    _Alignas(64) float scale[PANEL], zero[PANEL];
+    _Alignas(64) float scale[PANEL] = {0}, zero[PANEL] = {0};
     const int unit = unit_of(type), fold = p->fold;
     const long all = round_up(p->n, TILE) / TILE, tiles = all - tile0 < PANEL / TILE ? all - tile0 : PANEL / TILE;
     const long first = (long)p->segments[4 * s0] * unit, columns = (long)p->segments[4 * s1 - 3] * unit - first;
     const uint16_t *xs = (const uint16_t *)p->xs + first * rows;
     if (tiles < PANEL / TILE) memset(weights, 0, sizeof weights);
-    for (int n = 0; n < PANEL; n++) scale[n] = 1.0f, zero[n] = 0.0f;
     dequantize16(type, p, fold, tile0, tiles, s0, s1, weights);
     for (long a = s0, b; a < s1; a = b) {
         /* Segments a .. b, which share their scales. */
@@ -195,11 +195,11 @@ INLINE void chunk16(const int type, const Product *p, long tile0, long s0, long 
             }
         for (long m = m0; m < m1; m += MR16) {
             float sum[MR16] = {0}, by[MR16];
-            for (int i = 0; i < MR16; i++) by[i] = p->x_groups > 1 ? x_scale(p, m + i, seg[3]) : 1.0f;
+            if (p->x_groups > 1) for (int i = 0; i < MR16; i++) by[i] = x_scale(p, m + i, seg[3]);
             if (p->sums && !fold)
                 for (int i = 0; i < MR16; i++) for (long s = a; s < b; s++) sum[i] += p->sums[(m + i) * p->count + s];
             multiply16(xs + m * columns + from, columns, weights + from / 2 * 4, c + (m - m0) * PANEL, count,
-                       fold && p->x_groups <= 1 ? NULL : scale, p->sums && !fold ? zero : NULL, sum, by, a == 0);
+                       fold ? NULL : scale, p->sums && !fold ? zero : NULL, sum, p->x_groups > 1 ? by : NULL, a == 0);
         }
     }
 }

@@ -2,7 +2,8 @@
 
 Runs the conformance tests in FOLDER (the plugin's tests). Where they pass, ``proof.json`` in the plugin's package says of every kernel that
 this machine has the hardware for: measured, on which processor, with which versions. Tests of CPU kernels run with every
-instruction set that this machine has; for the others that there is code for, kernels are built: those are compiled. ``qplug list-methods`` claims what stands there and nothing else.
+instruction set that this machine has; for the others that there is code for, kernels are built: those are compiled.
+``qplug list-methods`` claims what stands there and nothing else.
 """
 
 from __future__ import annotations

@@ -23,6 +23,9 @@ DEFAULTS = {
     "max_total_tokens": 512, "max_running_requests": 4, "mem_fraction_static": 0.1, "skip_tokenizer_init": True, "log_level": "info",
 }  # fmt: skip
 
+ASKED = ("model.layers.0.self_attn.qkv_proj", "model.layers.0.mlp.down_proj", "lm_head")
+"""What SGLang's models ask a config before they make a layer."""
+
 
 def run(job: dict[str, Any], port: int) -> dict[str, Any]:
     """All ranks of a job; the result of the first."""
@@ -98,7 +101,7 @@ def _forward(job: dict[str, Any], options: dict[str, Any], port: int, rank: int)
         "logprobs": logits.float().log_softmax(-1).flatten().tolist(),
         "methods": sorted({type(method).__name__ for method in methods}),
         "scales": sorted({float(m.k_scale) for m in model.modules() if getattr(m, "k_scale", None) is not None}),
-        "parameters": sorted(name for name, p in model.named_parameters() if p.numel() == 0),
+        "unquantized": [name for name in ASKED if methods and methods[0].quant_config.is_linear_unquantized(name)],
     }
 
 

@@ -240,11 +240,18 @@ def test_formats_that_sglang_has_not_on_a_cpu(results, far, name):
 @pytest.mark.parametrize("name", [MOE, QWEN_MOE])
 def test_experts(results, far, place, name):
     method = proof.method_of(checkpoint(name, place))
+    # SGLang's Mixtral has experts as linear layers one by one where a quantization is not its own.
+    assert ("QplugExperts" in results[name]["methods"]) == (name == QWEN_MOE)
     far(method, f"experts {name}", results[name], results[f"{name} copy"], results[f"{name} wrong"], 5e-6)
 
 
 def test_online(results, far):
     far("rtn", "at load W4A16_g32", results["online"], results["online copy"], results["base"])
+
+
+def test_layers_that_stay_at_16_bit_are_known_before_they_are_made(results):
+    assert results[TOOLS[0]]["unquantized"] == ["lm_head"]
+    assert results["gptq_v2 W4A16 asym, head too"]["unquantized"] == []
 
 
 def test_push_of_other_weights(results, far):

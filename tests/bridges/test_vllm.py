@@ -43,7 +43,7 @@ ENVIRONMENT = {
 }
 EXACT = 2e-4
 """Mean distance in float32 that rounding explains: sums in another order. The contrasts are at least 50 times as far."""
-SIZES = {"hidden_size": 128, "intermediate_size": 256, "vocab_size": 304, "head_dim": 32}
+SIZES = {"hidden_size": 128, "intermediate_size": 256, "vocab_size": 304, "head_dim": 32, "initializer_range": 0.1}
 MADE = {
     "gptq_v2 W4A16 asym": ("gptq", "gptq_v2", "W4A16_g32_asym", ("lm_head",)),
     "gptq W2A16": ("gptq", "gptq", "W2A16_g32", ()),

@@ -128,9 +128,7 @@ class QplugConfig(QuantizationConfig):
         from .layers import part_names
 
         planner = self.planner()
-        leaf = prefix.rpartition(".")[2]
-        count = len(self.packed_modules_mapping.get(leaf, ())) or 3 - 2 * (leaf != "qkv_proj") + (leaf == "gate_up_proj")
-        names = [self.stored(name) for name in part_names(prefix, self.packed_modules_mapping, count)]
+        names = [self.stored(name) for name in part_names(prefix, self.packed_modules_mapping)]
         return not planner.online and all(
             planner.config.quant_for(ModuleName((name, prefix), "Linear")) is None for name in names
         )

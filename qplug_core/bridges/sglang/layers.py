@@ -15,11 +15,10 @@ from ...layer import LayerSpec, Op, StoredPart
 Stored = Callable[[str], str]
 
 
-def part_names(prefix: str, packed: Mapping[str, Any], count: int) -> list[str]:
-    """Names of the ``count`` parts that the layer ``prefix`` fuses; ``[prefix]`` where nothing says that it does."""
+def part_names(prefix: str, packed: Mapping[str, Any]) -> list[str]:
+    """Names of the parts that the layer ``prefix`` fuses; ``[prefix]`` where nothing says that it does."""
     parent, _, leaf = prefix.rpartition(".")
-    found = packed.get(leaf) or FUSED.get(leaf) or ()
-    return [f"{parent}.{name}" if parent else name for name in found] if len(found) == count else [prefix]
+    return [f"{parent}.{name}" if parent else name for name in packed.get(leaf) or FUSED.get(leaf) or (leaf,)]
 
 
 def linear_spec(layer: Any, prefix: str, heights: Sequence[int], packed: Mapping[str, Any], stored: Stored) -> LayerSpec:
@@ -43,12 +42,14 @@ def linear_spec(layer: Any, prefix: str, heights: Sequence[int], packed: Mapping
         kv_rank, kv_world = get_group_rank_size(layer.kv_tp_group)
         copies = int(layer.num_kv_head_replicas)
         cuts[1:] = [_cut(n, kv_rank // copies, kv_world // copies) for n in heights[1:]]
-    names = part_names(prefix, packed, len(heights))
+    names = part_names(prefix, packed)
     alternatives: list[tuple[StoredPart, ...]] = []
     if len(names) == len(heights):
         alternatives.append(
             tuple(_part(stored(m), n, rows, whole) for m, n, (rows, whole) in zip(names, heights, cuts, strict=True))
         )
+    elif len(heights) == 1:
+        alternatives.append((_part(stored(prefix), heights[0], *cuts[0]),))
     if len(heights) > 1:
         total, start, fused = sum(whole for _, whole in cuts), 0, []
         for n, ((low, high), whole) in zip(heights, cuts, strict=True):
