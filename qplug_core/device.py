@@ -29,8 +29,7 @@ CPU_SETS: dict[str, tuple[str, ...]] = {
     "sve": ("neon",),
 }
 """Instruction sets by name, from old to new in each family, with those that each implies. ``avx2`` means FMA and F16C too;
-``avx512`` means F, BW, DQ and VL; ``avx512_bf16`` means
-VBMI too, which all but Cooper Lake have; ``amx`` means the int8 and the bf16 tiles."""
+``avx512`` means F, BW, DQ and VL; ``avx512_bf16`` means VBMI too, which all but Cooper Lake have; ``amx`` means the int8 and the bf16 tiles."""
 
 CPU_FEATURES = frozenset([*CPU_SETS, "amx_int8", "amx_bf16"])
 
