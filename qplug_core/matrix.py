@@ -97,29 +97,42 @@ def _method(entry: Entry[FormatDecl], registry: Registry, columns: Sequence[tupl
     online = any(q.makes(s) for q in quantizers if not q.calibrated for s in schemes)
     offline = decl.writes and any(q.makes(s) for q in quantizers for s in schemes)
     cells = {}
+    fits = _fits(decl, schemes, registry)
     for op in OPS:
         for name, device in columns:
-            cells[op, name] = _cell(decl, op, schemes, device, name, registry)
+            cells[op, name] = _cell(decl, op, fits, device, name, registry)
     names = tuple(dict.fromkeys(str(s).split("_")[0] for s in schemes))
     load = {"prequantized": True, "online": online, "offline": offline}
     return Method(decl.name, entry.plugin.name, decl.summary, names, load, decl.ops, cells)
 
 
-def _cell(decl: FormatDecl, op: Op, schemes: Sequence[QuantScheme], device: Device, name: str, registry: Registry) -> Cell:
+Fits = list[tuple[KernelDecl, list[QuantScheme]]]
+
+
+def _fits(decl: FormatDecl, schemes: Sequence[QuantScheme], registry: Registry) -> Fits:
+    """Every kernel that takes some of ``schemes``, best first, with those: the same on all devices, so found once."""
+    slow_only = {s for s in schemes if any(SchemePattern(text).matches(s) for text in decl.reference)}
+    found = []
+    for kernel in sorted((e.decl for e in registry.kernels), key=lambda d: (-d.rank, d.name)):
+        reference = kernel.rank == Rank.REFERENCE
+        taken = [s for s in schemes if not kernel.pattern_for(s) and (reference or s not in slow_only)]
+        if taken:
+            found.append((kernel, taken))
+    return found
+
+
+def _cell(decl: FormatDecl, op: Op, fits: Fits, device: Device, name: str, registry: Registry) -> Cell:
     if op not in decl.ops:
         return Cell("no", reason=f"{decl.name} stores no {op} weights")
     best: dict[QuantScheme, KernelDecl] = {}
     refused: dict[str, None] = {}
-    slow_only = {s for s in schemes if any(SchemePattern(text).matches(s) for text in decl.reference)}
-    kernels = sorted((e.decl for e in registry.kernels if op in e.decl.ops), key=lambda d: (-d.rank, d.name))
-    for kernel in kernels:
-        fits = [s for s in schemes if not kernel.pattern_for(s) and (kernel.rank == Rank.REFERENCE or s not in slow_only)]
-        if not fits:
+    for kernel, schemes in fits:
+        if op not in kernel.ops:
             continue
         if not device.matches_any(kernel.devices):
             refused[f"{kernel.name} needs {' or '.join(kernel.devices)}"] = None
             continue
-        for scheme in fits:
+        for scheme in schemes:
             best.setdefault(scheme, kernel)
     if not best:
         return Cell("no", reason="; ".join(refused) or f"no kernel is declared for {op}")
