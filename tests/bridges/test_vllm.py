@@ -6,7 +6,6 @@ Every number has a contrast: the same distance to wrong weights, which must be f
 
 from __future__ import annotations
 
-import dataclasses
 import importlib.metadata
 import json
 import os
@@ -24,14 +23,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import qplug_core
-from qplug_core.config import LayerQuant
-from qplug_core.quantizer import RoundToNearest
-from qplug_core.registry import get_registry
-from qplug_core.scheme import QuantScheme
 from qplug_core.testing.dequantized import save_dequantized
 
+sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from conftest import DATA, make_model, oracles
+from made import make, scaled
 
 DEMO = Path(qplug_core.__file__).parent / "demo"
 ENVIRONMENT = {
@@ -123,31 +120,6 @@ def checkpoint(name: str, place: Path) -> Path:
     return place / name
 
 
-def make(base: Path, out: Path, format: str, layout: str, scheme: str, beside: tuple[str, ...]) -> Path:
-    """``base`` rounded to nearest and stored by a format's own writer, in a layout that nobody writes by default."""
-    registry = get_registry()
-    fmt = registry.load(registry.format_for_method(format).decl)
-    stored, layers = {}, {}
-    for name, tensor in load_file(base / "model.safetensors").items():
-        module = name.removesuffix(".weight")
-        if tensor.ndim != 2 or "embed" in name or (module == "lm_head" and module not in beside):
-            stored[name] = tensor
-            continue
-        weight = RoundToNearest().quantize(tensor.float(), QuantScheme.parse(scheme))
-        weight = (
-            dataclasses.replace(weight, scales=weight.scales.half().to(weight.scales.dtype)) if format != "int8" else weight
-        )
-        default = fmt.quant_for_scheme(weight)
-        layers[module] = LayerQuant(default.scheme, layout, default.opts)
-        stored |= {f"{module}.{suffix}": t for suffix, t in fmt.encode(weight, layers[module]).items()}
-    shutil.copytree(base, out)
-    save_file({name: t.contiguous() for name, t in stored.items()}, out / "model.safetensors", {"format": "pt"})
-    config = json.loads((base / "config.json").read_text())
-    config["quantization_config"] = fmt.quantization_config({**layers, **({} if "lm_head" in layers else {"lm_head": None})})
-    (out / "config.json").write_text(json.dumps(config))
-    return out
-
-
 def adapter(base: Path, out: Path) -> Path:
     """A LoRA adapter for attention and MLP, large enough to see."""
     generator, tensors = torch.Generator().manual_seed(5), {}
@@ -170,16 +142,6 @@ def adapter(base: Path, out: Path) -> Path:
         "bias": "none",
     }
     (out / "adapter_config.json").write_text(json.dumps(config))
-    return out
-
-
-def scaled(source: Path, out: Path, suffix: str, factor: float) -> Path:
-    """The same checkpoint with other numbers."""
-    shutil.copytree(source, out)
-    tensors = load_file(source / "model.safetensors")
-    save_file(
-        {n: t * factor if n.endswith(suffix) else t for n, t in tensors.items()}, out / "model.safetensors", {"format": "pt"}
-    )
     return out
 
 

@@ -23,8 +23,10 @@ class Weights:
     """The tensors of one projection.
 
     ``parts``: stored module names in the order of the rows. ``suffixes``: what vLLM may bring for each part. ``expected``: full
-    names of all that the file holds of it, empty where there are no headers.
+    names of all that the file holds of it, empty where there are no headers. ``engine``: who streams, for error messages.
     """
+
+    engine = "vLLM"
 
     def __init__(self, decision: Decision, method: QuantMethod, planner: Planner) -> None:
         self.decision, self.method = decision, method
@@ -43,7 +45,7 @@ class Weights:
                     names = {t.full_name(part.name) for t in layout.tensors(segment.quant)}
                 if odd := sorted(n for n in names if not n.startswith(f"{part.name}.") and (n in held or not held)):
                     raise CheckpointError(
-                        f"{odd[0]} is stored beside {decision.layer.name} and not in it, and vLLM has no place for that; load the model "
+                        f"{odd[0]} is stored beside {decision.layer.name} and not in it, and {self.engine} has no place for that; load the model "
                         "with qplug's own engine"
                     )
                 self.suffixes |= {n.removeprefix(f"{part.name}.") for n in names if n.startswith(f"{part.name}.")}
@@ -71,7 +73,7 @@ class Weights:
         if self._collected or not self.loaded:
             missing = sorted(self.expected.keys() - self._collected.keys()) or ["every tensor"]
             raise ValueError(
-                f"vLLM brought {len(self._collected)} of {len(self.expected) or 'the'} tensors of {self.decision.layer.name} and not "
+                f"{self.engine} brought {len(self._collected)} of {len(self.expected) or 'the'} tensors of {self.decision.layer.name} and not "
                 f"{missing[0]}; nothing was loaded into the layer, so give the whole checkpoint"
             )
 
