@@ -33,6 +33,9 @@ from .scheme import QuantScheme, TensorQuant
 from .source import Source
 from .tuning import find_tuning
 
+STORED_PLAIN = (
+    "the config says quantized and the file holds 16 bit; the file is right, because nothing else is stored for it"
+)
 COMPUTED = dict.fromkeys(("rotary_emb.inv_freq", "embeddings.position_ids"), "a buffer that every model computes itself")
 
 
@@ -152,6 +155,12 @@ class Planner:
             raise CoverError(f"{self.source.path}: {error}") from None
         if self.online and complete and not any(d.quantized for d in decisions):
             raise UsageError(f"quantize={self._online_name} was asked for and the model has no layer that takes it")
+        plain = [d.layer.name for d in decisions if STORED_PLAIN in d.notes]
+        if plain and complete and not any(d.quantized for d in decisions):
+            raise ConfigError(
+                f"{self.source.path}: the config says {self.config.method}, and {plain[0]} and every other layer that it means is stored "
+                "at 16 bit; get the quantized files, or remove the quantization_config to load it at 16 bit"
+            )
         return QuantPlan(
             source=str(self.source.path),
             method=self.config.method or (f"16 bit, quantized online to {self._online_name}" if self.online else ""),
@@ -234,9 +243,7 @@ class Planner:
             quant = None
         plain = plain_name(self.source, part)
         if quant is not None and self._is_float(plain) and not self._holds_more(part, quant, plain):
-            notes.append(
-                "the config says quantized and the file holds 16 bit; the file is right, because nothing else is stored for it"
-            )
+            notes.append(STORED_PLAIN)
             quant = None
         if quant is None:
             if not (layer.tied_to and plain not in self.source.tensors):

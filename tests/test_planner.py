@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from dataclasses import replace
+from importlib.resources import files
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,7 @@ from qplug_core import LayerSpec, Policy, StoredPart
 from qplug_core.config import QuantizationConfig
 from qplug_core.decl import FormatDecl
 from qplug_core.device import Device
+from qplug_core.engine.explain import explain_checkpoint
 from qplug_core.errors import ConfigError, CoverError, NoKernel
 from qplug_core.method import HubMethod
 from qplug_core.planner import Planner, plan, read_config
@@ -118,8 +121,6 @@ def test_a_pin_decides_and_a_pin_that_cannot_run_is_an_error():
 
 
 def test_a_stale_rule_is_reported(tmp_path):
-    import shutil
-
     shutil.copytree(W3, tmp_path / "m")
     config = json.loads((tmp_path / "m" / "config.json").read_text())
     config["quantization_config"]["dynamic"] = {"-:.*nowhere.*": {}}
@@ -137,6 +138,16 @@ def test_a_wrong_shape_is_an_error():
     layer = replace(spec(W3, "model.layers.0.mlp.up_proj"), n=500)
     with pytest.raises(CoverError, match=r"up_proj\.qweight"):
         plan(W3, [layer], device="cpu")
+
+
+def test_a_config_of_quantized_layers_over_a_16_bit_checkpoint_is_an_error(tmp_path):
+    """A config that was left behind: with one quantized layer the file would be right, with none it is the wrong file."""
+    shutil.copytree(files("qplug_core.demo") / "bf16", tmp_path / "m")
+    config = json.loads((tmp_path / "m" / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "gptq", "bits": 4, "group_size": 128}
+    (tmp_path / "m" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ConfigError, match="stored at 16 bit"):
+        explain_checkpoint(str(tmp_path / "m"), Device.cpu(), 1, "bfloat16", None)
 
 
 def test_names_of_tensors_claim_a_checkpoint_without_a_config():
