@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -114,10 +114,3 @@ def module_name(layer: LayerSpec, stored: Sequence[str] = ()) -> ModuleName:
     """All names of a layer: where it is stored, what the engine calls it, and further names that the engine gave."""
     ordered = dict.fromkeys([*stored, layer.name, *layer.names])
     return ModuleName(tuple(ordered), layer.module_class)
-
-
-def take(config: Mapping[str, Any], known: Mapping[str, Any], metadata: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
-    """Split a config into understood values (defaults from ``known``) and the keys that are neither understood nor metadata."""
-    values = {key: config.get(key, default) for key, default in known.items()}
-    unknown = [key for key in config if key not in known and key not in metadata]
-    return values, unknown

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from qplug_core.config import LayerQuant, QuantizationConfig, Rule
 from qplug_core.errors import ConfigError
+from qplug_core.keys import check_agreement, check_keys, check_values, list_of_names, resolve_aliases, says_nothing
 from qplug_core.match import Matcher
 from qplug_core.scheme import QuantScheme, TensorQuant
 
@@ -82,7 +83,7 @@ def parse(source: Source) -> QuantizationConfig:
             and isinstance(other, dict)
             and other is not raw
         ):
-            _check_agreement(base, _numbers(other), name)
+            check_agreement(base, _numbers(other), name)
     inferred: list[str] = []
     for key, usual in (("bits", 4), ("group_size", 128)):
         if key not in base:
@@ -111,7 +112,7 @@ def parse(source: Source) -> QuantizationConfig:
     check_headers(source, rules)
     if part_of(default).bits == 8:
         inferred.append("8-bit codes are taken in RTP-LLM's order, 0, 2, 4, 6, 1, 3, 5, 7 over two words")
-    metadata = {key: value for key, value in raw.items() if key in METADATA or _says_nothing(value)}
+    metadata = {key: value for key, value in raw.items() if key in METADATA or says_nothing(value)}
     return QuantizationConfig(
         "awq",
         rules,
@@ -122,46 +123,15 @@ def parse(source: Source) -> QuantizationConfig:
     )
 
 
-def _says_nothing(value: Any) -> bool:
-    return value is None or value == "" or value == {} or value == []
-
-
 def _check_keys(raw: Mapping[str, Any]) -> None:
     known = {*ALIASES, *(alias for aliases in ALIASES.values() for alias in aliases), *FIXED, *METADATA, *OTHERS}
-    for key, value in raw.items():
-        if _says_nothing(value):
-            continue
-        if key not in known:
-            raise ConfigError(
-                f"the AWQ config has the key {key!r} ({value!r}), which this version does not know and which may change the "
-                "numbers; remove it if it does not, or use a newer qplug-awq"
-            )
-        if key in FIXED and value not in FIXED[key]:
-            understood = " or ".join(repr(v) for v in FIXED[key]) or "no value"
-            raise ConfigError(
-                f"the AWQ config says {key}: {value!r}; {understood} is understood, because others change the numbers: use a "
-                "plugin that knows them"
-            )
+    check_keys(raw, known, "the AWQ config", "qplug-awq")
+    check_values(raw, FIXED, "the AWQ config")
 
 
 def _numbers(raw: Mapping[str, Any]) -> dict[str, Any]:
     """Values of the keys that change the numbers, one for each key and its aliases."""
-    values: dict[str, Any] = {}
-    for key, aliases in ALIASES.items():
-        said = {name: raw[name] for name in (key, *aliases) if not _says_nothing(raw.get(name))}
-        if key in ("version", "quant_method"):
-            # AutoAWQ writes GEMM into its own file and gemm into config.json.
-            said = {name: str(value).lower().removeprefix("auto_round:auto_") for name, value in said.items()}
-        if key == "version":
-            # auto-round's packing says which tool's layout it is, and AWQ has one there.
-            said = {name: "gemm" if value in ("awq", "auto_awq") else value for name, value in said.items()}
-        if len({repr(value) for value in said.values()}) > 1:
-            text = " and ".join(f"{name}: {value!r}" for name, value in said.items())
-            raise ConfigError(
-                f"the AWQ config says {text}, which contradict each other; keep the one that the file was made with"
-            )
-        if said:
-            values[key] = next(iter(said.values()))
+    values = resolve_aliases(raw, ALIASES, "the AWQ config", _spelled)
     method = values.get("quant_method", "awq")
     if method not in METHODS:
         raise ConfigError(
@@ -170,13 +140,13 @@ def _numbers(raw: Mapping[str, Any]) -> dict[str, Any]:
     return values
 
 
-def _check_agreement(mine: Mapping[str, Any], other: Mapping[str, Any], name: str) -> None:
-    for key in mine.keys() & other.keys():
-        if mine[key] != other[key]:
-            raise ConfigError(
-                f"config.json says {key}: {mine[key]!r} and {name} says {other[key]!r}; correct the one that is wrong, or "
-                f"remove {name}"
-            )
+def _spelled(key: str, value: Any) -> Any:
+    if key not in ("version", "quant_method"):
+        return value
+    # AutoAWQ writes GEMM into its own file and gemm into config.json.
+    text = str(value).lower().removeprefix("auto_round:auto_")
+    # auto-round's packing says which tool's layout it is, and AWQ has one there.
+    return "gemm" if key == "version" and text in ("awq", "auto_awq") else text
 
 
 def _check_marlin(base: dict[str, Any]) -> None:
@@ -232,7 +202,7 @@ def _overridden(entries: Mapping[str, Any], where: str) -> dict[str, Any]:
         if key in OVERRIDES:
             values[key] = value
             continue
-        harmless = key in METADATA or _says_nothing(value) or (key.startswith("act_") and key != "act_bits")
+        harmless = key in METADATA or says_nothing(value) or (key.startswith("act_") and key != "act_bits")
         if not (harmless or (key in FIXED and value in FIXED[key]) or (key == "act_bits" and value == 16)):
             raise ConfigError(
                 f"the AWQ config's {where} overrides {key!r} ({value!r}), which may change the numbers; "
@@ -312,14 +282,11 @@ def _skipped(raw: Mapping[str, Any], source: Source, inferred: list[str]) -> lis
 
 
 def _names(raw: Mapping[str, Any], key: str) -> list[str]:
-    entries = raw.get(key) or []
-    if not isinstance(entries, list) or not all(isinstance(entry, str) and entry for entry in entries):
-        raise ConfigError(f"the AWQ config says {key}: {entries!r}; a list of names was needed, so correct it")
-    return list(dict.fromkeys(entries))
+    return list_of_names(raw.get(key), f"the AWQ config says {key}")
 
 
 def _kv(algorithm: Any) -> TensorQuant | None:
-    if _says_nothing(algorithm):
+    if says_nothing(algorithm):
         return None
     if not isinstance(algorithm, str) or algorithm.upper() not in KV:
         raise ConfigError(

@@ -9,8 +9,9 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from qplug_core.config import LayerQuant, QuantizationConfig, Rule, take
+from qplug_core.config import LayerQuant, QuantizationConfig, Rule
 from qplug_core.errors import CannotEncode, ConfigError
+from qplug_core.keys import list_of_names, says_nothing, take
 from qplug_core.match import Matcher
 from qplug_core.scheme import QuantScheme
 from qplug_core.source import ITEM_BYTES
@@ -42,13 +43,8 @@ def parse(source: Source) -> QuantizationConfig:
     :raises ConfigError: for an unknown key, no width, or a type that is not the one of the stored tensors.
     """
     raw = source.quant_config or {}
-    said = {key: value for key, value in raw.items() if value not in (None, "", [], {})}
-    values, unknown = take(said, dict.fromkeys(KEYS), METADATA)
-    if unknown:
-        raise ConfigError(
-            f"the bitsandbytes config has the key {unknown[0]!r} ({said[unknown[0]]!r}), which is not known and may change the "
-            f"numbers; known are {', '.join([*KEYS, *METADATA])}, so remove it or use a newer qplug-bitsandbytes"
-        )
+    said = {key: value for key, value in raw.items() if not says_nothing(value)}
+    values = take(said, dict.fromkeys(KEYS), METADATA, "the bitsandbytes config", "qplug-bitsandbytes")
     if _flag(values, "llm_int8_has_fp16_weight"):
         raise ConfigError(
             "the bitsandbytes config says llm_int8_has_fp16_weight: true, which is training on 16-bit weights; load the 16-bit "
@@ -61,11 +57,7 @@ def parse(source: Source) -> QuantizationConfig:
     if found and common.scheme.weight != default.scheme.weight:
         assert common.scheme.weight is not None
         inferred.append(f"blocks of {common.scheme.weight.block[1]} values: read off the shapes of weight and absmax")
-    skip = values["llm_int8_skip_modules"] or []
-    if not isinstance(skip, list) or not all(isinstance(name, str) for name in skip):
-        raise ConfigError(
-            f"the bitsandbytes config says llm_int8_skip_modules: {skip!r}; a list of names was needed, so {REMEDY}"
-        )
+    skip = list_of_names(values["llm_int8_skip_modules"], "the bitsandbytes config says llm_int8_skip_modules")
     rules = [Rule(Matcher(name, "component"), None, origin="llm_int8_skip_modules") for name in skip]
     for module, quant in found.items():
         if quant != common or module.rsplit(".", 1)[-1] == "lm_head":

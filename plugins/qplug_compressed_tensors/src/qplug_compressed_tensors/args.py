@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from qplug_core.errors import CannotEncode, ConfigError
+from qplug_core.keys import check_keys
 from qplug_core.scheme import TensorQuant
 
 NUMBERS = (
@@ -23,6 +24,7 @@ SCALES: dict[Any, Literal["float", "e4m3", "e8m0"]] = {
     "torch.bfloat16": "float",
     "torch.float16": "float",
 }
+PLUGIN = "qplug-compressed-tensors"
 ZERO_DTYPES = ("torch.int8", "torch.uint8", "torch.float8_e4m3fn")
 
 _FP8 = {"num_bits": 8, "type": "float"}
@@ -71,12 +73,7 @@ def read_args(raw: Any, where: str, microscaling: bool = False) -> tuple[TensorQ
     """
     if not isinstance(raw, Mapping):
         raise ConfigError(f"{where} is {raw!r}; an object of QuantizationArgs was needed, so correct it")
-    for key, value in raw.items():
-        if key not in NUMBERS and key not in METADATA and not says_nothing(value):
-            raise ConfigError(
-                f"{where} has the key {key!r} ({value!r}), which is not known and may change the numbers; known are "
-                f"{', '.join(NUMBERS)}, so remove it or use a newer qplug-compressed-tensors"
-            )
+    check_keys(raw, (*NUMBERS, *METADATA), where, PLUGIN)
     dtype = _dtype(raw, where)
     dynamic = _one_of(raw, "dynamic", (False, True, "local"), False, where)
     symmetric = _one_of(raw, "symmetric", (True, False), True, where)
@@ -147,11 +144,6 @@ def write_args(part: TensorQuant, act_order: bool = False, kind: str = "weight")
             f"they have {rule or 'the common one'!r}, so write the scheme with a:rule={rule}, or choose another format"
         )
     return args
-
-
-def says_nothing(value: Any) -> bool:
-    """True for null, and for what is empty."""
-    return value is None or value == "" or value == {} or value == []
 
 
 def _one_of(raw: Mapping[str, Any], key: str, values: tuple[Any, ...], default: Any, where: str) -> Any:

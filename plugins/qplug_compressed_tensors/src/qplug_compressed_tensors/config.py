@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 from qplug_core.config import LayerQuant, QuantizationConfig, Rule
 from qplug_core.errors import CannotEncode, ConfigError
+from qplug_core.keys import check_keys, list_of_names, says_nothing
 from qplug_core.scheme import QuantScheme, TensorQuant
 
-from .args import PRESETS, read_args, says_nothing
+from .args import PLUGIN, PRESETS, read_args
 from .layouts import GONE, LAYOUTS, MICROSCALING, default_layout, holds
 from .shapes import file_facts
 from .sparsity import sparse_rules
@@ -75,12 +76,7 @@ def _raw(source: Source) -> dict[str, Any]:
 
 
 def _check_keys(raw: Mapping[str, Any]) -> None:
-    for key, value in raw.items():
-        if key not in KEYS and key not in METADATA and not says_nothing(value):
-            raise ConfigError(
-                f"the compressed-tensors config has the key {key!r} ({value!r}), which this version does not know and which may "
-                "change the numbers; remove it if it does not, or use a newer qplug-compressed-tensors"
-            )
+    check_keys(raw, (*KEYS, *METADATA), "the compressed-tensors config", PLUGIN)
     method = raw.get("quant_method") or METHODS[0]
     if str(method).lower() not in METHODS:
         raise ConfigError(
@@ -104,13 +100,7 @@ def _object(raw: Mapping[str, Any], key: str) -> dict[str, Any]:
 
 
 def _names(value: Any, where: str) -> list[str]:
-    if says_nothing(value):
-        return []
-    if not isinstance(value, list) or not all(isinstance(text, str) and text for text in value):
-        raise ConfigError(
-            f"the compressed-tensors config says {where}: {value!r}; a list of names was needed, so correct it"
-        )
-    return list(value)
+    return list_of_names(value, f"the compressed-tensors config says {where}")
 
 
 def _target_rules(groups: list[Group]) -> list[Rule]:
@@ -142,12 +132,7 @@ def _group(name: str, body: Any, raw: Mapping[str, Any], inferred: list[str]) ->
         body = {"targets": body, "weights": weights, "input_activations": acts}
     if not isinstance(body, Mapping):
         raise ConfigError(f"config_groups says {name}: {body!r}; an object was needed, so correct it")
-    unknown = [key for key, value in body.items() if key not in GROUP_KEYS and not says_nothing(value)]
-    if unknown:
-        raise ConfigError(
-            f"{name} has the key {unknown[0]!r} ({body[unknown[0]]!r}), which may change the numbers; known are "
-            f"{', '.join(GROUP_KEYS)}, so remove it or use a newer qplug-compressed-tensors"
-        )
+    check_keys(body, GROUP_KEYS, name, PLUGIN)
     targets = tuple(_names(body.get("targets"), f"targets of {name}"))
     if not targets:
         raise ConfigError(f"{name} has no targets; name the layers that it is for, or remove it")

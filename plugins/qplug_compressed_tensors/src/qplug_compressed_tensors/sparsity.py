@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 from qplug_core.config import LayerQuant, ModuleName, QuantizationConfig, Rule
 from qplug_core.errors import ConfigError
+from qplug_core.keys import check_keys
 from qplug_core.match import Matcher
 from qplug_core.scheme import QuantScheme, TensorQuant
 
-from .args import says_nothing
+from .args import PLUGIN
 from .layouts import GONE, SPARSE
 from .targets import matcher
 
@@ -33,12 +34,7 @@ def sparse_rules(sparsity: Mapping[str, Any], rules: list[Rule], source: Source,
 
     :raises ConfigError: for sparse layouts that are not read.
     """
-    unknown = [key for key, value in sparsity.items() if key not in KEYS + METADATA and not says_nothing(value)]
-    if unknown:
-        raise ConfigError(
-            f"sparsity_config has the key {unknown[0]!r} ({sparsity[unknown[0]]!r}), which may change the numbers; remove it or use "
-            "a newer qplug-compressed-tensors"
-        )
+    check_keys(sparsity, KEYS + METADATA, "sparsity_config", PLUGIN)
     layout = sparsity.get("format")
     if layout in GONE:
         raise ConfigError(f"sparsity_config has format {layout!r}, which is not read: {GONE[str(layout)]}")

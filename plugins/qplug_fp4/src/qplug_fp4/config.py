@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from qplug_core.config import LayerQuant, QuantizationConfig, Rule
 from qplug_core.errors import CannotEncode, ConfigError, SchemeError
+from qplug_core.keys import check_keys, check_values, list_of_names
 from qplug_core.match import Matcher
 from qplug_core.scheme import QuantScheme, TensorQuant
 
@@ -156,19 +157,8 @@ def _act_fits(act: TensorQuant, method: str, part: TensorQuant) -> bool:
 
 
 def _check_keys(raw: Mapping[str, Any], method: str) -> None:
-    for key, value in raw.items():
-        if value is None or value == "" or value == [] or value == {}:
-            continue
-        if key not in FIXED and key not in LISTS and key not in OWN and key not in METADATA:
-            raise ConfigError(
-                f"the {method} config has the key {key!r}, which is not known and may change the numbers; remove it or use a newer "
-                "qplug-fp4"
-            )
-        understood = FIXED.get(key, ())
-        if understood and value not in understood:
-            raise ConfigError(
-                f"the {method} config says {key}: {value!r}; {' or '.join(map(repr, understood))} is understood, so convert the checkpoint"
-            )
+    check_keys(raw, (*FIXED, *LISTS, *OWN, *METADATA), f"the {method} config", "qplug-fp4")
+    check_values(raw, {key: values for key, values in FIXED.items() if values}, f"the {method} config")
     groups = WEIGHTS[method][2]
     if (group := raw.get("group_size")) not in (None, *groups):
         raise ConfigError(
@@ -271,10 +261,8 @@ def _check_shapes(source: Source, scheme: QuantScheme, method: str) -> None:
 def _ignored(raw: Mapping[str, Any], method: str) -> list[Rule]:
     rules = []
     for key, dialect in LISTS.items():
-        entries = raw.get(key) or []
-        if not isinstance(entries, list) or not all(isinstance(text, str) and text for text in entries):
-            raise ConfigError(f"the {method} config says {key}: {entries!r}; a list of names was needed, so correct it")
-        rules += [Rule(_matcher(text, dialect, method), None, origin=key) for text in dict.fromkeys(entries)]
+        names = list_of_names(raw.get(key), f"the {method} config says {key}")
+        rules += [Rule(_matcher(text, dialect, method), None, origin=key) for text in names]
     return rules
 
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from qplug_core.config import LayerQuant, QuantizationConfig, Rule
 from qplug_core.errors import CannotEncode, ConfigError
+from qplug_core.keys import check_keys, check_values, list_of_names, says_nothing
 from qplug_core.match import Matcher
 from qplug_core.scheme import QuantScheme, TensorQuant
 
@@ -127,22 +128,10 @@ def write(layers: Mapping[str, LayerQuant | None]) -> dict[str, Any]:
 
 
 def _check_keys(raw: Mapping[str, Any]) -> None:
-    for key, value in raw.items():
-        if key in FIXED and not says_nothing(value) and value not in FIXED[key]:
-            raise ConfigError(
-                f"the FP8 config says {key}: {value!r}; {' or '.join(map(repr, FIXED[key]))} is understood, so use the plugin "
-                "of the format that these weights are in"
-            )
-        if key not in KEYS and key not in FIXED and key not in METADATA and not says_nothing(value):
-            raise ConfigError(
-                f"the FP8 config has the key {key!r} ({value!r}), which is not known and may change the numbers; remove it or "
-                "use a newer qplug-fp8"
-            )
-
-
-def says_nothing(value: Any) -> bool:
-    """True for values that leave a key unsaid."""
-    return value is None or value == "" or value == [] or value == {} or value is False
+    # Tools write false for options that they did not use.
+    said = {key: value for key, value in raw.items() if value is not False}
+    check_values(said, FIXED, "the FP8 config")
+    check_keys(said, (*KEYS, *FIXED, *METADATA), "the FP8 config", "qplug-fp8")
 
 
 def _said(raw: Mapping[str, Any]) -> Said:
@@ -268,9 +257,7 @@ def _block(part: TensorQuant) -> tuple[int, int] | None:
 
 
 def _converted(raw: Mapping[str, Any]) -> list[Matcher]:
-    names = raw.get("modules_to_convert") or []
-    if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
-        raise ConfigError(f"the FP8 config says modules_to_convert: {names!r}; a list of names was needed, so correct it")
+    names = list_of_names(raw.get("modules_to_convert"), "the FP8 config says modules_to_convert")
     return [Matcher(name, "suffix") for name in names]
 
 

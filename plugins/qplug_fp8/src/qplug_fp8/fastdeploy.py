@@ -22,12 +22,13 @@ from qplug_core.axes import FLOATS, StoredTensor
 from qplug_core.config import LayerQuant, QuantizationConfig, Rule
 from qplug_core.errors import CannotEncode, ConfigError
 from qplug_core.format import CheckpointFormat
+from qplug_core.keys import check_keys
 from qplug_core.match import Matcher
 from qplug_core.packing import transposed
 from qplug_core.scheme import QuantScheme, TensorQuant
 from qplug_core.weight import OpaqueWeight, QuantWeight
 
-from .config import Said, _activation, _said, says_nothing
+from .config import Said, _activation, _said
 from .headers import ModuleSet
 from .layouts import LAYOUTS
 from .loader import affine, storable
@@ -51,12 +52,7 @@ class FastDeployFP8Format(CheckpointFormat):
         """
         raw = source.quant_config or {}
         method = str(raw.get("quantization") or raw.get("quant_method")).lower()
-        for key, value in raw.items():
-            if key not in KEYS and not says_nothing(value):
-                raise ConfigError(
-                    f"the {method} config has the key {key!r} ({value!r}), which is not known and may change the numbers; remove "
-                    "it or use a newer qplug-fp8"
-                )
+        check_keys(raw, KEYS, f"the {method} config", "qplug-fp8")
         if method == "tensor_wise_fp8":
             raise ConfigError(
                 "the config says quantization: tensor_wise_fp8, whose weights were rotated by a Hadamard matrix that FastDeploy "

@@ -21,11 +21,11 @@ from torch import Tensor
 from qplug_core.axes import StoredTensor
 from qplug_core.config import LayerQuant, QuantizationConfig, Rule
 from qplug_core.errors import CannotEncode, ConfigError, DecodeError
+from qplug_core.keys import check_keys
 from qplug_core.match import Matcher
 from qplug_core.scheme import QuantScheme, TensorQuant
 from qplug_core.weight import OpaqueWeight, QuantWeight
 
-from .config import says_nothing
 from .layouts import LAYOUTS
 from .loader import FP8Format, storable
 from .match import ignored
@@ -49,12 +49,7 @@ class FbgemmFP8Format(FP8Format):
         :raises ConfigError: for a key that is not understood, and for a bound that is not a positive whole number.
         """
         raw = source.quant_config or {}
-        for key, value in raw.items():
-            if key not in KEYS and not says_nothing(value):
-                raise ConfigError(
-                    f"the fbgemm_fp8 config has the key {key!r} ({value!r}), which is not known and may change the numbers; "
-                    "remove it or use a newer qplug-fp8"
-                )
+        check_keys(raw, KEYS, "the fbgemm_fp8 config", "qplug-fp8")
         inferred = []
         if "activation_scale_ub" not in raw:
             inferred.append(f"activation_scale_ub is not said: {DEFAULT_BOUND:g}, the default of transformers")

@@ -8,6 +8,7 @@ from typing import Any
 
 from qplug_core.config import Rule
 from qplug_core.errors import ConfigError
+from qplug_core.keys import list_of_names
 from qplug_core.match import Matcher, Named
 
 
@@ -38,9 +39,8 @@ def ignored(raw: dict[str, Any], method: str) -> list[Rule]:
 
     :raises ConfigError: for a list that is not one of names, and for lists that contradict each other.
     """
-    lists = {
-        key: _names(raw[key], key, method) for key in ("modules_to_not_convert", "ignored_layers", "exclude") if raw.get(key)
-    }
+    keys = ("modules_to_not_convert", "ignored_layers", "exclude")
+    lists = {key: list_of_names(raw[key], f"the {method} config says {key}") for key in keys if raw.get(key)}
     if len({frozenset(names) for names in lists.values()}) > 1:
         raise ConfigError(
             f"the {method} config has {' and '.join(lists)} with different names; engines read one of the two, so make them equal"
@@ -55,9 +55,3 @@ def _matcher(name: str) -> Matcher:
     if name.startswith("re:"):
         return Matcher(name[3:], "regex")
     return ModuleBoundary(name, "regex")
-
-
-def _names(value: Any, key: str, method: str) -> list[str]:
-    if not isinstance(value, list) or not all(isinstance(name, str) and name for name in value):
-        raise ConfigError(f"the {method} config says {key}: {value!r}; a list of names was needed, so correct it")
-    return list(dict.fromkeys(value))

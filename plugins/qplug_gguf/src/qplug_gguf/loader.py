@@ -18,9 +18,10 @@ import torch
 from torch import Tensor
 
 from qplug_core.axes import StoredTensor
-from qplug_core.config import LayerQuant, QuantizationConfig, Rule, take
+from qplug_core.config import LayerQuant, QuantizationConfig, Rule
 from qplug_core.errors import CannotEncode, ConfigError
 from qplug_core.format import CheckpointFormat
+from qplug_core.keys import take
 from qplug_core.match import Matcher
 from qplug_core.quantizer import codebook_of
 from qplug_core.scheme import QuantScheme
@@ -45,12 +46,7 @@ class SuperBlockFormat(CheckpointFormat):
 
         :raises ConfigError: for a type or a key that is not known.
         """
-        values, unknown = take(source.quant_config or {}, KEYS, ())
-        if unknown:
-            raise ConfigError(
-                f"the gguf config has the key {unknown[0]!r}, which is not known and may change the numbers; known are "
-                f"{', '.join(KEYS)}, so remove it or use a newer qplug-gguf"
-            )
+        values = take(source.quant_config or {}, KEYS, (), "the gguf config", "qplug-gguf")
         types = values["types"]
         if not isinstance(types, dict) or not types:
             raise ConfigError(

@@ -22,12 +22,13 @@ from torch import Tensor
 
 from qplug_core.config import LayerQuant, QuantizationConfig, Rule
 from qplug_core.errors import CannotEncode, ConfigError
+from qplug_core.keys import says_nothing
 from qplug_core.match import Matcher
 from qplug_core.weight import OpaqueWeight, QuantWeight
 
 from . import activation, headers
 from .config import producer, skipped, writes_whole_words
-from .keys import METADATA, check, layer_quant, numbers, says_nothing
+from .keys import METADATA, check, layer_quant, numbers
 from .loader import GPTQFormat
 
 if TYPE_CHECKING:

@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 from qplug_core.config import QuantizationConfig, Rule
 from qplug_core.errors import ConfigError
+from qplug_core.keys import check_agreement, list_of_names, says_nothing
 from qplug_core.match import Matcher
 from qplug_core.scheme import TensorQuant
 
 from . import activation, headers
-from .keys import METADATA, OVERRIDES, check, layer_quant, layout_of, numbers, says_nothing
+from .keys import METADATA, OVERRIDES, check, layer_quant, layout_of, numbers
 
 if TYPE_CHECKING:
     from qplug_core.config import LayerQuant
@@ -37,7 +38,7 @@ def parse(source: Source) -> QuantizationConfig:
     base = numbers(raw)
     for name, other in source.files.items():
         if name in ("quantize_config.json", "quantization_config.json") and isinstance(other, dict) and other is not raw:
-            _check_agreement(base, numbers(other), name)
+            check_agreement(base, numbers(other), name)
     inferred: list[str] = []
     layout, said = layout_of(base, raw, inferred)
     make = _Maker(base, layout, activation.read(raw, base.get("bits")), headers.stored_opts(source, inferred))
@@ -136,15 +137,6 @@ def skipped(entries: Any, source: Source, inferred: list[str], key: str = "modul
     return rules
 
 
-def _check_agreement(mine: Mapping[str, Any], other: Mapping[str, Any], name: str) -> None:
-    for key in mine.keys() & other.keys():
-        if mine[key] != other[key]:
-            raise ConfigError(
-                f"config.json says {key}: {mine[key]!r} and {name} says {other[key]!r}; correct the one that is wrong, "
-                f"or remove {name}"
-            )
-
-
 def _dynamic(rules: Any, make: _Maker) -> list[Rule]:
     if not isinstance(rules, dict):
         raise ConfigError(
@@ -176,6 +168,4 @@ def _names(raw: Mapping[str, Any], key: str) -> list[str]:
     flat: list[Any] = []
     for entry in entries if isinstance(entries, list) else [entries]:
         flat += entry if isinstance(entry, list) else [entry]
-    if not all(isinstance(entry, str) and entry for entry in flat):
-        raise ConfigError(f"the GPTQ config says {key}: {entries!r}; a list of names was needed, so correct it")
-    return list(dict.fromkeys(flat))
+    return list_of_names(flat, f"the GPTQ config says {key}")

@@ -7,6 +7,7 @@ from typing import Any
 
 from qplug_core.config import LayerQuant
 from qplug_core.errors import ConfigError
+from qplug_core.keys import check_keys, check_values, resolve_aliases
 from qplug_core.scheme import QuantScheme, TensorQuant
 
 from . import activation
@@ -64,11 +65,6 @@ OVERRIDES = ("bits", "group_size", "desc_act", "sym")
 """Keys that a rule for single layers may set."""
 
 
-def says_nothing(value: Any) -> bool:
-    """True for an empty value."""
-    return value is None or value == "" or value == {} or value == []
-
-
 def check(raw: Mapping[str, Any], more: Iterable[str] = (), kind: str = "GPTQ") -> None:
     """Refuse every key that is not known and every value that is not understood.
 
@@ -78,20 +74,8 @@ def check(raw: Mapping[str, Any], more: Iterable[str] = (), kind: str = "GPTQ") 
     """
     known = {*ALIASES, *(alias for aliases in ALIASES.values() for alias in aliases), *FIXED, *METADATA, *RULES}
     known |= {*activation.KEYS, *more}
-    for key, value in raw.items():
-        if says_nothing(value):
-            continue
-        if key not in known:
-            raise ConfigError(
-                f"the {kind} config has the key {key!r} ({value!r}), which this version does not know and which may change "
-                "the numbers; remove it if it does not, or use a newer qplug-gptq"
-            )
-        if key in FIXED and value not in FIXED[key]:
-            understood = " or ".join(repr(v) for v in FIXED[key]) or "no value"
-            raise ConfigError(
-                f"the {kind} config says {key}: {value!r}; {understood} is understood, because others change the numbers: "
-                "use a plugin that knows them"
-            )
+    check_keys(raw, known, f"the {kind} config", "qplug-gptq")
+    check_values(raw, FIXED, f"the {kind} config")
 
 
 def numbers(raw: Mapping[str, Any], methods: Iterable[str] = METHODS) -> dict[str, Any]:
@@ -99,16 +83,7 @@ def numbers(raw: Mapping[str, Any], methods: Iterable[str] = METHODS) -> dict[st
 
     :raises ConfigError: for aliases that contradict each other, or a ``quant_method`` that is not one of ``methods``.
     """
-    values: dict[str, Any] = {}
-    for key, aliases in ALIASES.items():
-        said = {name: raw[name] for name in (key, *aliases) if not says_nothing(raw.get(name))}
-        if len({repr(value) for value in said.values()}) > 1:
-            text = " and ".join(f"{name}: {value!r}" for name, value in said.items())
-            raise ConfigError(
-                f"the GPTQ config says {text}, which contradict each other; keep the one that the file was made with"
-            )
-        if said:
-            values[key] = next(iter(said.values()))
+    values = resolve_aliases(raw, ALIASES, "the GPTQ config")
     method = values.get("quant_method", "gptq")
     if str(method).lower() not in methods:
         raise ConfigError(

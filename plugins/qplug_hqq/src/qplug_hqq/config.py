@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from qplug_core.config import LayerQuant, QuantizationConfig, Rule
 from qplug_core.errors import CannotEncode, ConfigError
+from qplug_core.keys import check_keys
 from qplug_core.match import Matcher
 from qplug_core.scheme import QuantScheme, TensorQuant
 
@@ -45,11 +46,7 @@ def parse(source: Source) -> QuantizationConfig:
             f"{source.path} is called an HQQ checkpoint and none of its {len(source.tensors)} tensors is a W_q; quantize and save it "
             "first, or remove the quantization_config to load it at 16 bit"
         )
-    if unknown := [key for key, value in raw.items() if key not in KEYS and value not in (None, "", [], {})]:
-        raise ConfigError(
-            f"the HQQ config has the key {unknown[0]!r}, which is not known and may change the numbers; known are {', '.join(KEYS)}, "
-            "so remove it or use a newer qplug-hqq"
-        )
+    check_keys(raw, KEYS, "the HQQ config", "qplug-hqq")
     said, skipped = raw.get("quant_config"), raw.get("skip_modules")
     if not isinstance(said, dict) or not isinstance(skipped or [], list):
         raise ConfigError(
@@ -147,11 +144,7 @@ def _quant(said: Any, where: str, inferred: list[str]) -> LayerQuant | None:
         raise ConfigError(
             f"the HQQ config says channel_wise: false for {where}; scales by group are read, so quantize with true"
         )
-    if unknown := [key for key, value in others.items() if key not in METADATA and value not in (None, "", [], {})]:
-        raise ConfigError(
-            f"the HQQ config of {where} has the key {unknown[0]!r}, which is not known and may change the numbers; remove it or use a newer "
-            "qplug-hqq"
-        )
+    check_keys(others, METADATA, f"the HQQ config of {where}", "qplug-hqq")
     if axis not in (0, 1):
         raise ConfigError(f"the HQQ config says axis: {axis!r} for {where}; 0 or 1 was needed, so correct it")
     bits = NBITS.get(nbits) if isinstance(nbits, (int, float)) else None

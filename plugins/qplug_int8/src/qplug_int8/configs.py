@@ -6,8 +6,9 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
-from qplug_core.config import LayerQuant, Rule, take
+from qplug_core.config import LayerQuant, Rule
 from qplug_core.errors import CannotEncode, ConfigError
+from qplug_core.keys import check_values, list_of_names, says_nothing, take
 from qplug_core.match import Matcher
 from qplug_core.source import Source, TensorInfo
 
@@ -26,20 +27,9 @@ def read_keys(
 
     :raises ConfigError: for another key, or another value.
     """
-    said = {key: value for key, value in raw.items() if value not in (None, "", [], {})}
-    values, unknown = take(said, {**dict.fromkeys(known), **dict.fromkeys(free)}, metadata)
-    if unknown:
-        raise ConfigError(
-            f"the {name} config has the key {unknown[0]!r} ({said[unknown[0]]!r}), which is not known and may change the numbers; known "
-            f"are {', '.join([*known, *free, *metadata])}, so remove it or use a newer qplug-int8"
-        )
-    for key, allowed in known.items():
-        value = values[key]
-        if value is not None and not any(type(value) is type(one) and value == one for one in allowed):
-            raise ConfigError(
-                f"the {name} config says {key}: {value!r}; {' or '.join(repr(one) for one in allowed)} was needed, so use the plugin "
-                "of the tool that wrote it"
-            )
+    said = {key: value for key, value in raw.items() if not says_nothing(value)}
+    values = take(said, dict.fromkeys((*known, *free)), metadata, f"the {name} config", "qplug-int8")
+    check_values(said, known, f"the {name} config")
     return values
 
 
@@ -48,13 +38,9 @@ def ignored(entries: Any, name: str) -> list[Rule]:
 
     :raises ConfigError: for anything but a list of strings.
     """
-    if entries is None:
-        return []
-    if not isinstance(entries, list) or not all(isinstance(entry, str) for entry in entries):
-        raise ConfigError(f"the {name} config says ignore: {entries!r}; a list of names was needed, so correct it")
     return [
         Rule(Matcher(text[3:], "regex") if text.startswith("re:") else Matcher(text, "exact"), None, origin="ignore")
-        for text in entries
+        for text in list_of_names(entries, f"the {name} config says ignore")
     ]
 
 

@@ -25,9 +25,10 @@ import torch
 from torch import Tensor
 
 from qplug_core.axes import FLOATS, StoredTensor
-from qplug_core.config import LayerQuant, QuantizationConfig, Rule, take
+from qplug_core.config import LayerQuant, QuantizationConfig, Rule
 from qplug_core.errors import CannotEncode, ConfigError, DecodeError, SchemeError
 from qplug_core.format import CheckpointFormat
+from qplug_core.keys import list_of_names, take
 from qplug_core.match import Matcher
 from qplug_core.scheme import QuantScheme, TensorQuant
 from qplug_core.weight import OpaqueWeight, QuantWeight
@@ -50,16 +51,9 @@ class Int8Format(CheckpointFormat):
         :raises ConfigError: for a missing or foreign scheme, and for a key that is not known.
         """
         raw = source.quant_config or {}
-        values, unknown = take(raw, KEYS, METADATA)
-        if unknown:
-            raise ConfigError(
-                f"the int8 config has the key {unknown[0]!r}, which is not known and may change the numbers; known are "
-                f"{', '.join([*KEYS, *METADATA])}, so remove it or use a newer qplug-int8"
-            )
+        values = take(raw, KEYS, METADATA, "the int8 config", "qplug-int8")
         scheme = _scheme(values["scheme"], "scheme")
-        ignore, layers = values["ignore"], values["layers"]
-        if not isinstance(ignore, list) or not all(isinstance(text, str) for text in ignore):
-            raise ConfigError(f"the int8 config says ignore: {ignore!r}; a list of names was needed, so correct it")
+        ignore, layers = list_of_names(values["ignore"], "the int8 config says ignore"), values["layers"]
         if not isinstance(layers, dict):
             raise ConfigError(
                 f"the int8 config says layers: {layers!r}; an object of names and schemes was needed, so correct it"

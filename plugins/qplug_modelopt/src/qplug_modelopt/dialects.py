@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from qplug_core.errors import ConfigError
+from qplug_core.keys import check_keys, says_nothing
 
 from .algos import MIXED, NO_QUANT, find
 
@@ -60,11 +61,6 @@ class Said:
     pre_quant_scale: bool | None = None
     producer: str = ""
     metadata: dict[str, Any] = field(default_factory=dict)
-
-
-def says_nothing(value: Any) -> bool:
-    """True for the values that stand for a key that was left out."""
-    return value is None or value == "" or value == {} or value == []
 
 
 def read(raw: Mapping[str, Any], origin: str) -> Said:
@@ -124,15 +120,8 @@ def _first_difference(first: Any, second: Any) -> tuple[Any, Any]:
 
 
 def _check_keys(body: Mapping[str, Any], known: set[str], origin: str) -> None:
-    for key, value in body.items():
-        if says_nothing(value) or (key in known and key not in FALSE_ONLY) or key in METADATA:
-            continue
-        if key in FALSE_ONLY and value is False:
-            continue
-        raise ConfigError(
-            f"{origin} has the key {key!r} ({value!r}), which this version does not know and which may change the numbers; remove it "
-            "if it does not, or use a newer qplug-modelopt"
-        )
+    said = {key: value for key, value in body.items() if key not in FALSE_ONLY or value is not False}
+    check_keys(said, (known - {*FALSE_ONLY}) | {*METADATA}, origin, "qplug-modelopt")
 
 
 def _value(body: Mapping[str, Any], key: str, aliases: tuple[str, ...], origin: str) -> Any:
@@ -211,12 +200,7 @@ def _layers(value: Any, origin: str) -> dict[str, dict[str, Any]]:
             raise ConfigError(
                 f"{origin} says quantized_layers {name}: {entry!r}; an object with quant_algo was needed, so correct it"
             )
-        for key, found in entry.items():
-            if key not in (*LAYER_KEYS, *METADATA) and not says_nothing(found):
-                raise ConfigError(
-                    f"{origin} has the key {key!r} ({found!r}) in quantized_layers {name}, which may change the numbers; known are "
-                    f"{', '.join(LAYER_KEYS)}, so remove it or use a newer qplug-modelopt"
-                )
+        check_keys(entry, (*LAYER_KEYS, *METADATA), f"{origin}, quantized_layers {name},", "qplug-modelopt")
         _flags(entry, f"{origin}, quantized_layers {name},")
         _group_size(entry.get("group_size"), f"{origin}, quantized_layers {name},")
     return layers

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from qplug_core.config import LayerQuant, QuantizationConfig, Rule
 from qplug_core.errors import CannotEncode, ConfigError
+from qplug_core.keys import check_keys, list_of_names
 from qplug_core.match import Matcher
 from qplug_core.scheme import QuantScheme, TensorQuant
 
@@ -104,19 +105,12 @@ def _from_map(source: Source, qmap: Mapping[str, Any]) -> QuantizationConfig:
 
 
 def _from_config(source: Source, raw: Mapping[str, Any]) -> QuantizationConfig:
-    if unknown := [key for key, value in raw.items() if key not in KEYS and value not in (None, "", [], {})]:
-        raise ConfigError(
-            f"the quanto config has the key {unknown[0]!r}, which is not known and may change the numbers; known are {', '.join(KEYS)}, "
-            "so remove it or use a newer qplug-quanto"
-        )
+    check_keys(raw, KEYS, "the quanto config", "qplug-quanto")
     dtype, act = _type(raw.get("weights", "int8"), "weights"), _type(raw.get("activations"), "activations")
     if dtype is None:
         raise ConfigError(f"the quanto config says weights: {raw['weights']!r}; {', '.join(TYPES)} are known, so correct it")
     skipped = raw.get("modules_to_not_convert")
-    if not isinstance(skipped or [], list):
-        raise ConfigError(
-            f"the quanto config says modules_to_not_convert: {skipped!r}; a list of names was needed, so correct it"
-        )
+    names = list_of_names(skipped, "the quanto config says modules_to_not_convert")
     modules = _modules(source)
     if source.tensors and not modules:
         raise ConfigError(
@@ -125,8 +119,8 @@ def _from_config(source: Source, raw: Mapping[str, Any]) -> QuantizationConfig:
         )
     origin = "modules_to_not_convert" if skipped is not None else "transformers leaves the output embedding at 16 bit"
     rules = [
-        Rule(Matcher(str(name), "component"), None, implicit=skipped is None, origin=origin)
-        for name in (["lm_head"] if skipped is None else skipped)
+        Rule(Matcher(name, "component"), None, implicit=skipped is None, origin=origin)
+        for name in (["lm_head"] if skipped is None else names)
     ]
     rules.append(Rule(Matcher("Embedding", "class"), None, implicit=True, origin="quanto does not quantize embeddings"))
     default = _quant(source, "", dtype, act)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from qplug_core.config import LayerQuant, QuantizationConfig, Rule
 from qplug_core.errors import CannotEncode, ConfigError
+from qplug_core.keys import check_keys, list_of_names
 from qplug_core.match import Matcher
 from qplug_core.scheme import QuantScheme, TensorQuant
 
@@ -68,8 +69,9 @@ def parse(source: Source) -> QuantizationConfig:
     if any(name.endswith((INTERNAL, "weight_quantizer.0.scale")) for name in source.tensors):
         opts = (("names", "internal"),)
         inferred.append("scales have Quark's internal names, weight_quantizer.scale: the file was saved by transformers 5")
-    groups = _strings(raw.get("export", {}).get("kv_cache_group") or [], "export.kv_cache_group")
-    rules = [Rule(_pattern(text), None, origin="exclude") for text in _strings(raw.get("exclude") or [], "exclude")]
+    groups = list_of_names(raw.get("export", {}).get("kv_cache_group"), "the Quark config says export.kv_cache_group")
+    excluded = list_of_names(raw.get("exclude"), "the Quark config says exclude")
+    rules = [Rule(_pattern(text), None, origin="exclude") for text in excluded]
     outputs: list[Any] = []
     for name, config in _object(raw, "layer_quant_config").items():
         # An entry that is the KV cache's says what its projections' outputs are, beside their weights.
@@ -166,11 +168,7 @@ def _layer(
         raise ConfigError(
             f"the Quark config says {where}: {config!r}; an object with weight and input_tensors was needed, so export it again"
         )
-    for key, value in config.items():
-        if value is not None and key not in LAYER:
-            raise ConfigError(
-                f"the Quark config has the key {key!r} in {where}, which is not known and may change the numbers; use a newer qplug-rocm"
-            )
+    check_keys(config, LAYER, f"the Quark config's {where}", "qplug-rocm")
     if config.get("bias") is not None or (config.get("output_tensors") is not None and not of_cache):
         what = "bias" if config.get("bias") is not None else "output_tensors"
         raise ConfigError(
@@ -218,13 +216,7 @@ def _pattern(text: str) -> Matcher:
 
 
 def _check_keys(raw: Mapping[str, Any]) -> None:
-    for key, value in raw.items():
-        if value is None or value in ([], {}, ""):
-            continue
-        if key not in KEYS and key not in METADATA:
-            raise ConfigError(
-                f"the Quark config has the key {key!r}, which is not known and may change the numbers; remove it or use a newer qplug-rocm"
-            )
+    check_keys(raw, (*KEYS, *METADATA), "the Quark config", "qplug-rocm")
     if raw.get("softmax_quant_spec"):
         raise ConfigError(
             "the Quark config has a softmax_quant_spec; quantized attention weights are not read, so export without it"
@@ -263,9 +255,3 @@ def _object(raw: Mapping[str, Any], key: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ConfigError(f"the Quark config says {key}: {value!r}; an object was needed, so export it again")
     return value
-
-
-def _strings(value: Any, key: str) -> list[str]:
-    if not isinstance(value, list) or not all(isinstance(text, str) and text for text in value):
-        raise ConfigError(f"the Quark config says {key}: {value!r}; a list of names was needed, so correct it")
-    return list(dict.fromkeys(value))

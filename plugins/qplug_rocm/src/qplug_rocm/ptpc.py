@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from qplug_core.axes import FLOATS, StoredTensor
-from qplug_core.config import LayerQuant, QuantizationConfig, Rule, take
+from qplug_core.config import LayerQuant, QuantizationConfig, Rule
 from qplug_core.errors import CannotEncode, ConfigError, DecodeError, SchemeError
 from qplug_core.format import CheckpointFormat
+from qplug_core.keys import list_of_names, take
 from qplug_core.match import Matcher
 from qplug_core.quantizer import Quantizer
 from qplug_core.scheme import QuantScheme
@@ -48,13 +49,7 @@ class PTPCFormat(CheckpointFormat):
         :raises ConfigError: for a key that is not known, static activations, or an unknown ``fmt``.
         """
         raw = source.quant_config or {}
-        values, unknown = take(raw, KEYS, METADATA)
-        unknown = [key for key in unknown if raw[key] not in (None, "", [], {})]
-        if unknown:
-            raise ConfigError(
-                f"the ptpc_fp8 config has the key {unknown[0]!r}, which is not known and may change the numbers; remove it or use a newer "
-                "qplug-rocm"
-            )
+        values = take(raw, KEYS, METADATA, "the ptpc_fp8 config", "qplug-rocm")
         if values["activation_scheme"] not in (None, "dynamic"):
             raise ConfigError(
                 f"the ptpc_fp8 config says activation_scheme: {values['activation_scheme']!r}; scales by token are dynamic, so correct it, "
@@ -70,10 +65,8 @@ class PTPCFormat(CheckpointFormat):
         quant = LayerQuant(PTPC, "ptpc_fp8", FNUZ if fmt == "e4m3fnuz" else ())
         rules = []
         for key in ("ignored_layers", "modules_to_not_convert"):
-            entries = values[key] or []
-            if not isinstance(entries, list) or not all(isinstance(text, str) and text for text in entries):
-                raise ConfigError(f"the ptpc_fp8 config says {key}: {entries!r}; a list of names was needed, so correct it")
-            rules += [Rule(Matcher(text, "exact"), None, origin=key) for text in dict.fromkeys(entries)]
+            names = list_of_names(values[key], f"the ptpc_fp8 config says {key}")
+            rules += [Rule(Matcher(text, "exact"), None, origin=key) for text in names]
         rules.append(Rule(Matcher("Embedding", "class"), None, implicit=True, origin="embeddings are not quantized"))
         rules.append(Rule(Matcher("lm_head", "suffix"), None, implicit=True, origin="lm_head is not quantized"))
         rules.append(Rule(Matcher("", "all"), quant, origin="quant_method"))

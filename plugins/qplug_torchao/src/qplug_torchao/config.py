@@ -8,8 +8,9 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from qplug_core.config import LayerQuant, ModuleName, QuantizationConfig, Rule, take
+from qplug_core.config import LayerQuant, ModuleName, QuantizationConfig, Rule
 from qplug_core.errors import ConfigError
+from qplug_core.keys import list_of_names, take
 from qplug_core.match import Matcher
 
 from .schemes import of_config, of_tensor, typed
@@ -31,18 +32,8 @@ def parse(source: Source) -> QuantizationConfig:
     :raises ConfigError: for a key, a config or a tensor class that is not known.
     """
     raw = source.quant_config or {}
-    said = {key: value for key, value in raw.items() if value not in (None, "", [], {})}
-    values, unknown = take(said, dict.fromkeys(KEYS), METADATA)
-    if unknown:
-        raise ConfigError(
-            f"the torchao config has the key {unknown[0]!r} ({said[unknown[0]]!r}), which is not known and may change the numbers; "
-            f"known are {', '.join([*KEYS, *METADATA])}, so remove it or use a newer qplug-torchao"
-        )
-    skip = values["modules_to_not_convert"] or []
-    if not isinstance(skip, list) or not all(isinstance(name, str) for name in skip):
-        raise ConfigError(
-            f"the torchao config says modules_to_not_convert: {skip!r}; a list of names was needed, so correct the config"
-        )
+    values = take(raw, dict.fromkeys(KEYS), METADATA, "the torchao config", "qplug-torchao")
+    skip = list_of_names(values["modules_to_not_convert"], "the torchao config says modules_to_not_convert")
     first = [Rule(Matcher(name, "component"), None, origin="modules_to_not_convert") for name in skip]
     embeddings = bool(values["include_input_output_embeddings"])
     if not embeddings:

@@ -13,8 +13,9 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from qplug_core.axes import FLOATS
-from qplug_core.config import LayerQuant, QuantizationConfig, Rule, take
+from qplug_core.config import LayerQuant, QuantizationConfig, Rule
 from qplug_core.errors import CannotEncode, ConfigError
+from qplug_core.keys import list_of_names, says_nothing, take
 from qplug_core.match import Matcher
 
 from .types import ORDERS, TYPES, cache, layer_quant
@@ -65,18 +66,10 @@ def parse(source: Source) -> QuantizationConfig:
     """
     raw = dict(source.quant_config or {})
     method = str(raw.get("quantization") or raw.get("quant_method") or "").lower()
-    values, unknown = take(raw, {**COMMON, **KNOWN.get(method, {})}, METADATA)
-    meaningful = [key for key in unknown if raw[key] not in (None, [], {}, "")]
-    if meaningful:
-        raise ConfigError(
-            f"the FastDeploy config has the key {meaningful[0]!r}, which is not known for {method} and may change the numbers; known are "
-            f"{', '.join([*COMMON, *KNOWN.get(method, {}), *METADATA])}, so remove it or use a newer qplug-int8"
-        )
+    values = take(raw, {**COMMON, **KNOWN.get(method, {})}, METADATA, f"the FastDeploy config of {method}", "qplug-int8")
     inferred: list[str] = []
     dense, moe = _quantized(source, values, inferred)
-    ignore = values["ignore"]
-    if not isinstance(ignore, list) or not all(isinstance(name, str) for name in ignore):
-        raise ConfigError(f"the FastDeploy config says ignore: {ignore!r}; a list of names was needed, so correct it")
+    ignore = list_of_names(values["ignore"], "the FastDeploy config says ignore")
     rules = [Rule(Matcher(name, "exact"), None, origin="ignore") for name in ignore]
     rules += [Rule(Matcher(m.text, m.dialect), None, implicit=True, origin=why) for m, why in NEVER]
     kv = None
@@ -87,7 +80,7 @@ def parse(source: Source) -> QuantizationConfig:
         experts, rest = _types(method, source, values, order, inferred)
         rules += [Rule(r.matcher, r.quant if moe else None, r.implicit, r.origin) for r in experts]
         rules.append(Rule(Matcher("", "all"), rest if dense else None, implicit=bool(experts), origin="dense layers"))
-    metadata = {key: value for key, value in raw.items() if key in METADATA or key in unknown}
+    metadata = {key: value for key, value in raw.items() if key in METADATA or says_nothing(value)}
     return QuantizationConfig("fastdeploy", rules, kv=kv, producer="FastDeploy", inferred=inferred, metadata=metadata)
 
 
