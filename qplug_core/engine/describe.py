@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from functools import cache
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..errors import ConfigError
 from ..layer import LayerSpec, Op, PlainSlot, StoredPart
 from .names import StoredNames
-from .skeleton import persistent_buffers
+from .skeleton import TransposedLinear, persistent_buffers
 
 FUSED = {"gate_up_proj": ("gate_proj", "up_proj"), "qkv_proj": ("q_proj", "k_proj", "v_proj")}
 """Projections that some models and checkpoints hold as one, with their parts in the order of the rows."""
@@ -95,19 +96,33 @@ def _keeps_cache(module: Any) -> bool:
 
 
 def _is_layer(module: nn.Module) -> bool:
-    """A linear layer or an embedding. A router that is a linear layer with a forward of its own (Llama 4) is not one."""
-    return isinstance(module, nn.Embedding) or (isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward)
+    """A linear layer or an embedding."""
+    return isinstance(module, nn.Embedding) or (isinstance(module, nn.Linear) and _computes_linear(type(module)))
+
+
+@cache
+def _computes_linear(kind: type[nn.Linear]) -> bool:
+    """True where a class computes what ``nn.Linear`` does. Falcon's does, in its own words; Llama 4's router does not."""
+    if kind.forward is nn.Linear.forward:
+        return True
+    try:
+        small = kind(3, 2)
+        x = torch.tensor([[1.0, -2.0, 0.5]])
+        return torch.allclose(kind.forward(small, x), nn.functional.linear(x, small.weight, small.bias))
+    except (AttributeError, TypeError, ValueError, RuntimeError):  # Its constructor or its forward takes something else.
+        return False
 
 
 def _layer(
     model: Any, name: str, module: nn.Linear | nn.Embedding, stored: StoredNames, tied: dict[str, str], is_head: bool
 ) -> LayerSpec:
     n, k = module.weight.shape
-    alternatives: list[tuple[StoredPart, ...]] = [(StoredPart(s, n),) for s in stored.of(name)]
+    flipped = isinstance(module, TransposedLinear)
+    alternatives: list[tuple[StoredPart, ...]] = [(StoredPart(s, n, transposed=flipped),) for s in stored.of(name)]
     parent, _, leaf = name.rpartition(".")
     if leaf in FUSED:
         heights = _heights(model.config, leaf, n)
-        for place in stored.of(parent):
+        for place in stored.of(parent) if heights else ():
             alternatives.append(tuple(StoredPart(f"{place}.{p}", h) for p, h in zip(FUSED[leaf], heights, strict=True)))
     for fused, parts in FUSED.items():
         if leaf in parts:
@@ -145,13 +160,12 @@ def _heights(config: Any, leaf: str, n: int) -> tuple[int, ...]:
         return (n // 2, n // 2)
     text = config.get_text_config()
     depth = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    q, kv = text.num_attention_heads * depth, text.num_key_value_heads * depth
-    if q + 2 * kv != n:
-        raise ConfigError(
-            f"qkv_proj has {n} rows and config.json says {text.num_attention_heads} heads, {text.num_key_value_heads} key-value heads of "
-            f"{depth}; they must add up, so correct config.json"
-        )
-    return (q, kv, kv)
+    q, kv = (
+        text.num_attention_heads * depth,
+        (getattr(text, "num_key_value_heads", None) or text.num_attention_heads) * depth,
+    )
+    # CodeGen's and MiniMax's linear attention have as many heads of each, whatever config.json says of other layers.
+    return (q, kv, kv) if q + 2 * kv == n else (n // 3, n // 3, n // 3) if n % 3 == 0 else ()
 
 
 def up_name(module: Any) -> str:
@@ -168,7 +182,8 @@ def _is_experts(module: nn.Module) -> bool:
         return False
     rows, hidden = _sizes(module, up)
     height, inner = _sizes(module, down)
-    return hidden == height and rows in (inner, 2 * inner)
+    # LongCat has experts without weights among the others, so one tensor holds more than the other.
+    return len(up) == len(down) and hidden == height and rows in (inner, 2 * inner)
 
 
 def is_transposed(module: Any) -> bool:
@@ -205,13 +220,19 @@ def _experts(name: str, module: Any, stored: StoredNames) -> list[LayerSpec]:
                 up.append((StoredPart(f"{place}.{e}.{fused}", rows),))
             up.append((StoredPart(f"{place}.{first}", rows, expert=e, transposed=flipped),))
             down.append((StoredPart(f"{place}.down_proj", hidden, expert=e, transposed=flipped),))
-        layers.append(LayerSpec(f"{name}.{e}.{first}", "experts", rows, hidden, tuple(up)))
-        layers.append(LayerSpec(f"{name}.{e}.down_proj", "experts", hidden, inner, tuple(down)))
+        for whole in stored.of(f"{name}.{first}"):
+            up.append((StoredPart(whole.removesuffix(".weight"), rows, expert=e, transposed=flipped),))
+        for whole in stored.of(f"{name}.down_proj"):
+            down.append((StoredPart(whole.removesuffix(".weight"), hidden, expert=e, transposed=flipped),))
+        layers.append(LayerSpec(f"{name}.{e}.{first}", "experts", rows, hidden, tuple(dict.fromkeys(up))))
+        layers.append(LayerSpec(f"{name}.{e}.down_proj", "experts", hidden, inner, tuple(dict.fromkeys(down))))
     return layers
 
 
 def _pieces(name: str, value: Tensor, stored: StoredNames) -> tuple[tuple[str, ...], ...]:
-    """A bias as it is held in pieces: of the parts of a fused layer, or of experts one by one."""
+    """A tensor as it is held in pieces: by transformers' table, the parts of a fused layer, or experts one by one."""
+    if joined := stored.joined(name):
+        return joined
     module, _, leaf = name.rpartition(".")
     parent, _, projection = module.rpartition(".")
     if leaf in ("gate_up_proj_bias", "up_proj_bias", "down_proj_bias"):

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ..errors import UsageError
 from ..method import QuantMethod
+from .weight_view import WeightView
 
 
 class _Packed(nn.Module):
@@ -47,8 +48,11 @@ class QuantLinear(_Packed):
 
     @property
     def weight(self) -> Tensor:
-        """Empty: models and PEFT look at the dtype and the device of a weight. A product with it fails."""
-        return torch.empty(0, dtype=getattr(self.method, "dtype", None), device=getattr(self.method, "device", None))
+        """What models and PEFT see as the weight."""
+        dtype, device = getattr(self.method, "dtype", None), getattr(self.method, "device", None)
+        if dtype is None or device is None or torch.compiler.is_compiling():
+            return torch.empty(0, dtype=dtype, device=device)
+        return WeightView(self.method, dtype, device)
 
     def forward(self, x: Tensor) -> Tensor:
         """``[*, K]`` to ``[*, N]``."""

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightRenaming
+from transformers.core_model_loading import Concatenate, WeightConverter, WeightRenaming
 
 
 def left_out(model: Any, stored: Iterable[str]) -> dict[str, str]:
@@ -16,6 +16,12 @@ def left_out(model: Any, stored: Iterable[str]) -> dict[str, str]:
     patterns = [re.compile(p) for p in getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()]
     reason = f"{type(model).__name__} has no use for them, as transformers says"
     return {name: reason for name in stored if any(pattern.search(name) for pattern in patterns)}
+
+
+def _is_join(converter: WeightConverter) -> bool:
+    """True where it does nothing but put tensors one below another."""
+    ops = converter.operations
+    return len(ops) == 1 and isinstance(ops[0], Concatenate) and ops[0].dim == 0 and len(converter.target_patterns) == 1
 
 
 class StoredNames:
@@ -27,7 +33,9 @@ class StoredNames:
 
     def __init__(self, model: Any, stored: Iterable[str], tool: Callable[[str], str] | None = None) -> None:
         """``tool``: the names of the tool that wrote the checkpoint, turned into Hugging Face's."""
-        renamings = [t for t in get_model_conversion_mapping(model) if isinstance(t, WeightRenaming)]
+        table = get_model_conversion_mapping(model)
+        renamings = [t for t in table if isinstance(t, WeightRenaming)]
+        self._joins = [t for t in table if isinstance(t, WeightConverter) and _is_join(t)]
         prefix = f"{model.base_model_prefix}." if getattr(model, "base_model_prefix", "") else ""
         self._stored: dict[str, list[str]] = defaultdict(list)
         own = set(model.state_dict())
@@ -56,6 +64,16 @@ class StoredNames:
             parent = ".".join(theirs)
             if parent not in self._stored[".".join(ours)]:
                 self._stored[".".join(ours)].append(parent)
+
+    def joined(self, name: str) -> tuple[tuple[str, ...], ...]:
+        """Stored tensors that are the rows of a tensor of the model one after another, by transformers' table."""
+        found = []
+        for join in self._joins:
+            (target,) = join.target_patterns
+            if re.search(target, name):
+                pieces = [re.sub(target, source.replace("\\", ""), name) for source in join.source_patterns]
+                found.append(tuple(self.of(piece)[0] for piece in pieces))
+        return tuple(found)
 
     def of(self, name: str) -> tuple[str, ...]:
         """Stored names of a module or tensor, the model's own name first where it is stored, or alone where nothing is."""

@@ -6,8 +6,11 @@ from typing import Any
 
 import torch
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.initialization import no_init_weights
+from transformers.pytorch_utils import Conv1D
 
 from ..errors import CheckpointError, ConfigError
 from ..source import Source
@@ -21,14 +24,25 @@ def model_config(source: Source) -> Any:
     if not source.config:
         raise CheckpointError(f"{source.path} has no config.json; the reference engine needs it to know the architecture")
     fields = {key: value for key, value in source.config.items() if key not in ("quantization_config", "compression_config")}
+    # transformers 5 writes infinity as an object of its own, because JSON has none.
+    fields = PreTrainedConfig._decode_special_floats(fields)
     model_type = fields.pop("model_type", None)
     try:
         return AutoConfig.for_model(model_type, **fields)
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, StrictDataclassError) as error:
         raise ConfigError(
             f"config.json of {source.path} has model_type {model_type!r}, which transformers {transformers.__version__} does not build "
-            f"({str(error).splitlines()[0]}); correct it or install a transformers that knows it"
+            f"({' '.join(str(error).split())}); correct it or install a transformers that knows it"
         ) from None
+
+
+class TransposedLinear(nn.Linear):
+    """In the place of GPT-2's ``Conv1D``: the same layer, whose 16-bit weight is stored ``[K, N]``."""
+
+    def __init__(self, original: Conv1D) -> None:
+        k, n = original.weight.shape
+        super().__init__(k, n, dtype=original.weight.dtype)
+        self.bias = original.bias
 
 
 def skeleton(config: Any, dtype: torch.dtype) -> Any:
@@ -45,6 +59,9 @@ def skeleton(config: Any, dtype: torch.dtype) -> Any:
             model = AutoModelForCausalLM.from_config(config, dtype=dtype)
         else:
             model = AutoModel.from_config(config, dtype=dtype)
+        for name, module in list(model.named_modules()):
+            if isinstance(module, Conv1D):
+                model.set_submodule(name, TransposedLinear(module))
     _compute_buffers(model)
     return model.eval()
 
@@ -52,7 +69,7 @@ def skeleton(config: Any, dtype: torch.dtype) -> Any:
 def _compute_buffers(model: Any) -> None:
     """Give storage and values to buffers that are in no checkpoint (rotary frequencies, masks, position ids).
 
-    :raises ConfigError: for one that the model definition does not compute.
+    Most are computed where transformers initializes a module; a few (Falcon-H1's) only where its constructor runs.
     """
     for parameter in model.parameters():
         parameter._is_hf_initialized = True
@@ -67,10 +84,13 @@ def _compute_buffers(model: Any) -> None:
         owners[max((o for o in owners if f"{name}.".startswith(f"{o}.") or not o), key=len)]._init_weights(module)
         for n in hidden:
             if _is_unset(module._buffers[n]):
-                raise ConfigError(
-                    f"{type(module).__name__} of transformers {transformers.__version__} does not compute its buffer {name}.{n}, which no "
-                    "checkpoint holds; use another version of transformers"
-                )
+                module._buffers[n] = _constructed(model)[f"{name}.{n}"]
+
+
+def _constructed(model: Any) -> dict[str, torch.Tensor]:
+    """The buffers of a model that is constructed with memory for its weights, which nothing writes to and so takes none."""
+    with torch.device("cpu"), no_init_weights():
+        return dict(type(model)._from_config(model.config, dtype=model.dtype).named_buffers())
 
 
 def _unset(dtype: torch.dtype) -> float | int | bool:
