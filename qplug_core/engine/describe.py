@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from functools import cache
 from typing import Any
 
 import torch
@@ -100,7 +99,6 @@ def _is_layer(module: nn.Module) -> bool:
     return isinstance(module, nn.Embedding) or (isinstance(module, nn.Linear) and _computes_linear(type(module)))
 
 
-@cache
 def _computes_linear(kind: type[nn.Linear]) -> bool:
     """True where a class computes what ``nn.Linear`` does. Falcon's does, in its own words; Llama 4's router does not."""
     if kind.forward is nn.Linear.forward:

@@ -25,7 +25,9 @@ class WeightView(Tensor):
     def __new__(cls, method: QuantMethod, dtype: torch.dtype, device: torch.device | str) -> WeightView:
         """:param method: the weight; ``dtype`` and ``device``: those it was loaded for."""
         layer = method.decision.layer
-        view: WeightView = Tensor._make_wrapper_subclass(cls, (layer.n, layer.local_k), dtype=dtype, device=device)
+        view: WeightView = Tensor._make_wrapper_subclass(
+            cls, (layer.n, layer.local_k), dtype=dtype, device=torch.device(device)
+        )
         view.method = method
         return view
 
@@ -45,7 +47,9 @@ class WeightView(Tensor):
         return self.method.apply(identity).t()
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
         """Every operation takes the value."""
         args, kwargs = tree_map_only(WeightView, WeightView.value, (args, kwargs or {}))
         return func(*args, **kwargs)
