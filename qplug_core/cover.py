@@ -22,10 +22,14 @@ class Cover:
     missing: dict[str, str] = field(default_factory=dict)
     wrong: list[str] = field(default_factory=list)
     ignored: dict[str, str] = field(default_factory=dict)
+    _unchecked: dict[str, None] = field(default_factory=dict)
+    _seen: bool = False
 
     def claim(self, name: str, owner: str, rows: tuple[int, int] | None = None, shared: bool = False) -> None:
         """``owner`` takes tensor ``name``, or its rows (or experts) ``rows``; one claim stands for all who share it."""
         claims = self.claims.setdefault(name, [])
+        self._unchecked[name] = None
+        self.ignored.pop(name, None)
         if not (shared and claims):
             claims.append((owner, rows))
 
@@ -45,16 +49,18 @@ class Cover:
 
         :raises CoverError: with everything that is wrong, and near-miss names.
         """
-        for name, claims in self.claims.items():
-            self._check_overlap(name, claims)
-        unclaimed = [name for name in self.tensors if name not in self.claims]
-        for name in list(unclaimed):
-            reason = next((why for suffix, why in ignorable.items() if f".{name}".endswith(f".{suffix}")), None)
-            if reason is not None:
-                self.ignored[name] = reason
-                unclaimed.remove(name)
-        if not complete:
-            unclaimed = []
+        for name in self._unchecked:
+            self._check_overlap(name, self.claims[name])
+        self._unchecked = {}
+        unclaimed = []
+        if complete or not self._seen:  # An engine checks once for each layer: the whole file is walked the first time.
+            self._seen = True
+            for name in (n for n in self.tensors if n not in self.claims):
+                reason = next((why for suffix, why in ignorable.items() if f".{name}".endswith(f".{suffix}")), None)
+                if reason is not None:
+                    self.ignored[name] = reason
+                elif complete:
+                    unclaimed.append(name)
         if self.missing or self.wrong or unclaimed:
             raise CoverError(self._describe(unclaimed))
 

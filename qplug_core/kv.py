@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Literal
 
+from .aliases import SCHEME_WORDS, did_you_mean
 from .config import QuantizationConfig
 from .cover import Cover
 from .errors import SchemeError
@@ -16,27 +17,75 @@ from .scheme import QuantScheme, TensorQuant
 
 Wanted = TensorQuant | Literal["16bit"] | None
 
+SIXTEEN = ("16bit", "16", "c16", "bf16", "bfloat16", "fp16", "float16", "half", "none")
+OWN = ("auto", "16bit", "fp8", "fp8_e4m3", "fp8_e5m2", "int8", "int4", "nvfp4", "c8", "c4")
+"""Words that need no explanation."""
+CACHE_WORDS = {
+    "fp8_e4m3": "fp8", "fp8e4m3": "fp8", "cfp8_e4m3": "fp8", "fp8_e5m2": "fp8e5m2", "cfp8_e5m2": "fp8e5m2", "8": "int8", "c8": "int8",
+    "4": "int4", "c4": "int4",
+    # FastDeploy kv_cache_quant_type
+    "float8_e4m3fn": "fp8", "block_wise_fp8": "fp8", "int8_zp": "int8.asym", "int4_zp": "int4.asym",
+    # vLLM, SGLang, llm-compressor, ModelOpt, RTP-LLM
+    "fp8_inc": "fp8", "fp4_e2m1": "nvfp4", "fp4": "nvfp4", "float8": "fp8", "e4m3": "fp8", "e5m2": "fp8e5m2",
+    "fp8_kv": "fp8", "kv_fp8": "fp8", "fp8_kv_cache": "fp8", "int8_kv_cache": "int8", "nvfp4_kv": "nvfp4",
+}  # fmt: skip
+"""Words of engines for a KV cache, lower case."""
+NO_CACHE = {
+    "float8_e4m3fn_zp": "and floats have no zero points; write fp8",
+    "fp8_ds_mla": "which keeps a compressed latent that the reference engine has no cache for; write fp8",
+}
+"""Words of engines that stay unread, with what they are and what to write."""
+
 
 def kv_scheme(text: str | None) -> Wanted:
     """What ``--kv-cache`` means: None (or ``auto``) is the checkpoint's own, ``16bit`` none, else ``fp8``, ``int8``, ``int4``,
-    ``nvfp4``, ``C8``, with suffixes such as ``fp8.head`` or ``int4.g32``.
+    ``nvfp4``, ``C8``, with suffixes such as ``int8.asym`` or ``int4.g32``; of a whole scheme (``W8A8C8``) its cache.
 
     :raises SchemeError: for a word that is none of these.
     """
-    if text is None or text.lower() == "auto":
+    word = "auto" if text is None else text.strip().lower()
+    if word == "auto":
         return None
-    word, _, suffixes = text.lower().replace("fp8_e", "fp8e").partition(".")
-    if word in ("16bit", "16", "bf16", "bfloat16", "fp16", "float16"):
+    if word in SIXTEEN:
         return "16bit"
-    word = {"fp8e4m3": "fp8", "8": "int8", "4": "int4"}.get(word.removeprefix("c"), word.removeprefix("c"))
+    if word in NO_CACHE:
+        raise SchemeError(f"KV cache {text!r} was asked for, {NO_CACHE[word]}")
+    base, _, suffixes = CACHE_WORDS.get(word, word).partition(".")
+    base = CACHE_WORDS.get(base, base).removeprefix("c")
     try:
-        kv = QuantScheme.parse(f"W16A16C{word}" + (f"_c:{suffixes}" if suffixes else "")).kv
+        kv = QuantScheme.parse(f"W16A16C{base}" + (f"_c:{suffixes}" if suffixes else "")).kv
     except SchemeError:
+        kv = _cache_of_scheme(word, text)
+    return "16bit" if kv is None else kv
+
+
+def _cache_of_scheme(word: str, text: str | None) -> TensorQuant | None:
+    try:
+        return QuantScheme.parse(SCHEME_WORDS.get(word, word)).kv
+    except SchemeError:
+        near = did_you_mean(word, [*OWN, *CACHE_WORDS, *NO_CACHE])
         raise SchemeError(
-            f"KV cache {text!r} was asked for; auto, 16bit, fp8, fp8_e5m2, int8, int4 or nvfp4 was needed (C8 and the like too)"
+            f"KV cache {text!r} was asked for; auto, 16bit, fp8, fp8_e5m2, int8, int4 or nvfp4 was needed, or a scheme such as W8A8C8{near}"
         ) from None
-    assert kv is not None
-    return kv
+
+
+def kv_meaning(text: str | None) -> str:
+    """One sentence where ``text`` is another word for a cache, else nothing."""
+    wanted = kv_scheme(text)
+    if text is None or wanted is None or text.strip().lower() in (*OWN, "16bit"):
+        return ""
+    meant = "16 bit" if wanted == "16bit" else cache_words(wanted)
+    return f"KV cache {text!r} means {meant}"
+
+
+def cache_words(kv: TensorQuant) -> str:
+    """A cache that is asked for, in words: ``int8 with zero points, a scale for each token and head``."""
+    name = {"fp8_e4m3": "fp8 (e4m3)", "fp8_e5m2": "fp8 (e5m2)"}.get(kv.dtype, kv.dtype)
+    if kv.dtype == "fp4_e2m1":
+        name = "nvfp4" if kv.scale_dtype == "e4m3" else "fp4"
+    channels = {0: "", 1: " and channel"}.get(kv.block[1], f" and group of {kv.block[1]} channels")
+    first = "" if kv.dynamic else "the file's scales where it has them, else "
+    return f"{name}{'' if kv.symmetric else ' with zero points'}, {first}a scale for each token and head{channels}"
 
 
 def plan_caches(

@@ -101,7 +101,8 @@ class PlainSlot:
     ``names``: stored names in order of preference. ``shape``: as in the model. ``optional``: may be absent because
     another slot supplies it (a tied weight). ``rows``: ranges of stored tensors stacked along dimension 0, where the
     checkpoint holds it in several pieces: alternatives of sequences of names. Where the pieces have fewer dimensions (the
-    biases of experts, one by one), the stack is viewed as ``shape``.
+    biases of experts, one by one), the stack is viewed as ``shape``. ``note``: why it is no layer that could be quantized, where
+    a reader would expect one.
     """
 
     name: str
@@ -109,3 +110,4 @@ class PlainSlot:
     shape: tuple[int, ...]
     optional: bool = False
     pieces: tuple[tuple[str, ...], ...] = ()
+    note: str = ""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -61,8 +61,9 @@ def quantize(
 ) -> Quantized:
     """Write a 16-bit checkpoint to the folder ``out``, its linear layers and experts quantized.
 
-    The weights are those of ``load(path, quantize=scheme)``, bit for bit. Of a multimodal model only the language part is
-    quantized. Held in memory are one layer and one shard; ``out`` appears when it is whole and has been planned again.
+    The weights are those of ``load(path, quantize=scheme)``, bit for bit, or a note says which are not. Of a multimodal model
+    only the language part is quantized. Held in memory are one layer and one shard; ``out`` appears when it is whole and has been
+    planned again.
 
     scheme
         As in :func:`qplug_core.load`, without a KV cache.
@@ -136,6 +137,7 @@ class _Job:
     plan: QuantPlan = field(init=False)
     model: Any = field(init=False)
     _split: set[str] = field(default_factory=set)
+    _apart_notes: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.planner = Planner(self.source, Device.cpu(), "float32", Policy("reference"), self.scheme, self.registry)
@@ -188,7 +190,13 @@ class _Job:
         schemes = tuple(sorted({str(quant.scheme) for quant in layers.values() if quant is not None}))
         before = self.source.nbytes
         return Quantized(
-            writer.target, format_name, schemes, len(quantized), before, writer.nbytes, tuple(self.plan.all_notes())
+            writer.target,
+            format_name,
+            schemes,
+            len(quantized),
+            before,
+            writer.nbytes,
+            (*self.plan.all_notes(), *dict.fromkeys(self._apart_notes)),
         )
 
     def _plain_layers(self, decision: Decision) -> dict[str, LayerQuant | None]:
@@ -220,8 +228,15 @@ class _Job:
         if len(places) == 1:
             yield places[0].name, self._quantized(weight, segment)
         elif self._is_interleaved(_experts_of(layer.name)):
+            whole = self._quantized(weight, segment)
+            if whole.block[0] > 1:
+                self._apart_notes.append(
+                    f"{whole.scheme}: gate and up rows lie in turn and blocks hold both, so each was quantized alone"
+                )
             for i, place in enumerate(places):
-                yield place.name, self._quantized(weight[i :: len(places)].contiguous(), segment)
+                alone = whole.block[0] > 1
+                rows = slice(i, None, len(places))
+                yield place.name, self._quantized(weight[rows].contiguous(), segment) if alone else _rows(whole, rows)
         else:
             whole, start = self._quantized(weight, segment), 0
             for place in places:
@@ -290,6 +305,15 @@ class _Job:
                     f"{decision.layer.name} was quantized to {wanted[0]} and {planner.config.method} reads it as {found[0]}; name another format"
                 )
         source.close()
+
+
+def _rows(weight: QuantWeight, rows: slice) -> QuantWeight:
+    """Some rows of a weight whose scales are for rows, or for all."""
+    grids = {name: getattr(weight, name) for name in ("scales", "zeros", "shift")} if weight.block[0] else {}
+    if weight.global_scale is not None and weight.global_scale.ndim > 1:
+        grids["global_scale"] = weight.global_scale
+    cut = {name: value[rows].contiguous() for name, value in grids.items() if value is not None}
+    return replace(weight, codes=weight.codes[rows].contiguous(), **cut)
 
 
 def _experts_of(projection: str) -> str:

@@ -21,9 +21,9 @@ from .device import Device
 from .errors import ConfigError, CoverError, UsageError
 from .format import CheckpointFormat
 from .kernel import Problem
-from .kv import kv_scheme, plan_caches
+from .kv import kv_meaning, kv_scheme, plan_caches
 from .layer import LayerSpec, PlainSlot, StoredPart
-from .method import HubMethod, QuantMethod, plain_name
+from .method import HubMethod, QuantMethod, online_decl, plain_name
 from .quant_plan import Decision, QuantPlan, Segment
 from .quantizer import online_scheme
 from .registry import Entry, Registry, get_registry
@@ -112,10 +112,13 @@ class Planner:
         )
         self.resolver = Resolver(self.registry, self.device, self.policy, self.tuning)
         self.config, self.format = read_config(source, self.registry)
-        online, self._meaning = online_schemes(quantize)
+        online, meaning = online_schemes(quantize)
+        self._meanings = [meaning, kv_meaning(kv_cache) if isinstance(kv_cache, str) else ""]
         if kv_cache is None:
             kv_cache = next((scheme.kv for scheme in online.values() if scheme.kv is not None), None)
         self.online = {op: replace(scheme, kv=None) for op, scheme in online.items() if scheme.weight is not None}
+        for scheme in self.online.values():
+            online_decl(self.registry, scheme)
         self.kv_wanted = kv_cache if isinstance(kv_cache, TensorQuant) else kv_scheme(kv_cache)
         self.cover = Cover(source.tensors)
         self._names = sorted(source.tensors)
@@ -171,6 +174,7 @@ class Planner:
             plugins={row.distribution: row.version for row in self.registry.plugins if row.state == "ready"},
             policy={**self.policy.to_json(), **({"tuning": self.tuning.digest} if self.tuning else {})},
             notes=(*self._notes(), *kv_notes),
+            kept=tuple(slot for slot in slots if slot.note and (self.online or self.format is not None)),
         )
 
     def method(self, decision: Decision, device: str = "cpu") -> QuantMethod:
@@ -186,8 +190,7 @@ class Planner:
         notes = [*self.config.inferred]
         if self._tuning_note:
             notes.append(self._tuning_note)
-        if self._meaning:
-            notes.append(self._meaning)
+        notes += filter(None, self._meanings)
         notes += [f"rule {rule.matcher} of the config meant no module" for rule in self.config.stale()]
         by_reason: dict[str, int] = {}
         for reason in self.cover.ignored.values():

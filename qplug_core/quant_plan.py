@@ -11,7 +11,7 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from .config import LayerQuant
-from .layer import LayerSpec, StoredPart
+from .layer import LayerSpec, PlainSlot, StoredPart
 from .resolve import Choice
 from .scheme import QuantScheme, TensorQuant
 
@@ -104,6 +104,8 @@ class QuantPlan:
     policy: Mapping[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     """What the reader should know: inferred facts, stale rules, ignored tensors, metadata that was not looked at."""
+    kept: tuple[PlainSlot, ...] = ()
+    """Parameters that stay at 16 bit where a reader would expect quantized layers: experts of an unknown layout."""
 
     def __getitem__(self, layer: str) -> Decision:
         """The decision for a layer by name."""
@@ -157,6 +159,7 @@ class QuantPlan:
                 {"layer": c.layer, "scheme": str(QuantScheme(kv=c.scheme)), "scales": dict(c.scales)} for c in self.caches
             ],
             "notes": list(self.notes),
+            **({"kept": [[slot.name, list(slot.shape), slot.note] for slot in self.kept]} if self.kept else {}),
         }
 
     def select(self, pattern: str) -> tuple[Decision, ...]:
@@ -183,6 +186,7 @@ class QuantPlan:
             lines.append(
                 f"  {group.name}  x{len(group.layers)}  [{group.n}, {group.k}]  {scheme}  {group.stored}  ->  {kernel}"
             )
+        lines += [f"  {name}  x{count}  {shape}  16 bit" for name, count, shape in self.kept_rows()]
         lines += [f"  {kernel}: {'; '.join(reasons)}" for kernel, reasons in self.taken().items()]
         for kernel, reasons in self.refused().items():
             lines.append(f"  not {kernel}: {'; '.join(reasons)}")
@@ -190,6 +194,14 @@ class QuantPlan:
             lines.append(f"  KV cache: {QuantScheme(kv=self.caches[0].scheme)} in {len(self.caches)} attention layers")
         lines += [f"  note: {note}" for note in self.all_notes()]
         return "\n".join(lines)
+
+    def kept_rows(self) -> list[tuple[str, int, str]]:
+        """Name, number and shape of :attr:`kept`, those whose names differ in numbers only as one."""
+        found: dict[tuple[str, str], int] = {}
+        for slot in self.kept:
+            row = (_pattern(slot.name), " x ".join(map(str, slot.shape)))
+            found[row] = found.get(row, 0) + 1
+        return [(name, count, shape) for (name, shape), count in found.items()]
 
     def taken(self, decisions: Sequence[Decision] | None = None) -> dict[str, list[str]]:
         """Kernels that were taken, each with what decided: a pin, a measurement (by shape), or the rank."""
@@ -217,6 +229,8 @@ class QuantPlan:
         for decision in self.decisions:
             for note in decision.notes:
                 grouped.setdefault(note, []).append(decision.layer.name)
+        for slot in self.kept:
+            grouped.setdefault(slot.note, []).append(slot.name)
         for note, layers in grouped.items():
             yield f"{layers[0]}{f' and {len(layers) - 1} more' if len(layers) > 1 else ''}: {note}"
 
@@ -244,8 +258,13 @@ class Group:
         """The row of one segment."""
         layer = decision.layer
         stored = "online" if segment.online else segment.quant.layout if segment.quant else "16 bit"
-        pattern = re.sub(r"(?<=\.)\d+(?=\.|$)", "*", layer.name)
+        pattern = _pattern(layer.name)
         if len(decision.segments) > 1:
             pattern += " " + "+".join(p.name.rsplit(".", 1)[-1] for p in segment.parts)
         scheme = "" if segment.scheme is None else str(segment.scheme)
         return cls(pattern, [layer.name], layer.op, segment.n, layer.local_k, scheme, stored, segment.choice)
+
+
+def _pattern(name: str) -> str:
+    """A name with an asterisk for each number between dots."""
+    return re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name)

@@ -393,7 +393,8 @@ def _print(scheme: QuantScheme) -> str:
     if scheme.kv is not None:
         default = _kv_part(_weight_word(scheme.kv).lower())
         assert default is not None
-        if changes := _differences(scheme.kv, default):
+        # One row of a cache is a token, of a weight a channel.
+        if changes := ["token" if word == "channel" else word for word in _differences(scheme.kv, default)]:
             words.append("c:" + ".".join(changes))
     if scheme.act_order:
         words.append("actorder")

@@ -8,7 +8,7 @@ import mmap
 import struct
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,7 +36,10 @@ HEADER_LIMIT = 100 * 2**20
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """One tensor as its header describes it; ``start`` and ``stop`` are byte offsets in ``file``."""
+    """One tensor as its header describes it; ``start`` and ``stop`` are byte offsets in ``file``.
+
+    ``transposed``: it is stored ``[K, N]`` and read as ``shape``, ``[N, K]``.
+    """
 
     name: str
     dtype: str
@@ -44,6 +47,7 @@ class TensorInfo:
     file: Path
     start: int
     stop: int
+    transposed: bool = False
 
 
 @dataclass
@@ -132,6 +136,10 @@ class Source:
             self.tensors[piece] = TensorInfo(piece, info.dtype, (count, width), info.file, start, stop)
             start = stop
 
+    def transpose(self, name: str) -> None:
+        """See a matrix that is stored ``[K, N]`` as ``[N, K]``; once, however often it is said."""
+        self.tensors[name] = _turned(self.tensors[name])
+
     def release(self, name: str) -> None:
         """Give the pages of a tensor back to the system, once its layer is loaded."""
         info = self.tensors[name]
@@ -167,7 +175,13 @@ class Source:
         return self._maps[file]
 
 
+def _turned(info: TensorInfo) -> TensorInfo:
+    return info if info.transposed else replace(info, shape=info.shape[::-1], transposed=True)
+
+
 def _view(torch: Any, mapped: mmap.mmap, info: TensorInfo) -> Any:
+    if info.transposed:
+        return _view(torch, mapped, replace(info, shape=info.shape[::-1], transposed=False)).t()
     dtypes = {
         "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
         "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U64": torch.uint64, "U32": torch.uint32,
@@ -317,6 +331,12 @@ class MemorySource:
 
             tensor = tensor.view(torch.uint8)
         return tensor[index] if index else tensor
+
+    def transpose(self, name: str) -> None:
+        """See :meth:`Source.transpose`."""
+        if not self.tensors[name].transposed:
+            self._tensors[name] = self._tensors[name].t()
+        self.tensors[name] = _turned(self.tensors[name])
 
     def release(self, name: str) -> None:
         """The owner of the tensors frees them."""

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import qplug_core
-from qplug_core.aliases import BY_OP, SCHEME_WORDS, online_schemes
-from qplug_core.errors import SchemeError
+from qplug_core.aliases import BY_OP, NO_SCHEME, SCHEME_WORDS, online_schemes
+from qplug_core.engine.explain import explain_checkpoint
+from qplug_core.errors import PluginError, SchemeError
+from qplug_core.layer import LayerSpec
 from qplug_core.scheme import QuantScheme
+from qplug_core.source import MemorySource, Source
 
 sys.path.insert(0, str(Path(__file__).parent))
 from conftest import make_model
@@ -25,7 +30,7 @@ def test_a_word_is_a_scheme_and_says_which(word):
 
 def test_a_scheme_name_needs_no_explanation():
     assert online_schemes("W8A16")[1] == ""
-    assert online_schemes("weight-only int4")[1] == "'weight-only int4' means W4A16_g128"
+    assert online_schemes("weight-only int4")[1] == "'weight-only int4' means W4A16_channel"
     assert online_schemes(None) == ({}, "")
 
 
@@ -49,6 +54,25 @@ def test_methods_that_treat_experts_otherwise(word):
     assert "experts" in schemes
 
 
+@pytest.mark.parametrize("word", NO_SCHEME)
+def test_a_word_that_is_no_scheme_is_refused_with_what_to_write(word):
+    with pytest.raises(SchemeError) as refused:
+        online_schemes(word.upper())
+    said = str(refused.value)
+    assert ". " not in said
+    written = re.search(r"(?:such as|write --kv-cache|write(?! a )) (\w+)", said)[1]
+    assert online_schemes(written)[0]["linear"].weight is not None
+
+
+@pytest.mark.parametrize(
+    ("wrong", "near"),
+    [("wint88", "wint8"), ("fp8_per_blok", "fp8_per_block"), ("mixquant", "mix_quant"), ("gptqq", "gptq"), ("nvfp44", "nvfp4")],
+)  # fmt: skip
+def test_a_wrong_word_names_the_nearest(wrong, near):
+    with pytest.raises(SchemeError, match=f"did you mean '{near}'"):
+        online_schemes(wrong)
+
+
 def test_a_word_that_is_none_is_refused():
     with pytest.raises(SchemeError, match="W4A16_g128"):
         online_schemes("int5ish")
@@ -62,6 +86,22 @@ def test_experts_and_linear_layers_of_a_model(tmp_path):
     found = {d.layer.op: str(d.segments[0].scheme) for d in plan.decisions}
     assert found == {"embedding": "None", "linear": "W8A16", "experts": "W4A16_channel", "lm_head": "None"}
     assert any("'mix_quant' means" in note for note in plan.all_notes())
+
+
+@pytest.mark.parametrize("word", SCHEME_WORDS)
+def test_every_word_is_made_at_load(word):
+    """The plan asks for a quantizer: a word that only files can have is no word for a load."""
+    layers = [LayerSpec("a.q_proj", "linear", 256, 256)]
+    source = MemorySource({"a.q_proj.weight": torch.zeros(256, 256, dtype=torch.bfloat16)})
+    found = qplug_core.plan(Source(Path("m"), {}, None, "", {}, source.tensors, {}), layers, quantize=word)
+    assert found.decisions[0].quantized
+
+
+def test_a_scheme_that_no_load_makes_is_refused_by_the_plan(tmp_path):
+    folder = make_model(tmp_path / "m")
+    for scheme in ("Wccq2A16", "Wfp8Afp8_tensor_static"):
+        with pytest.raises(PluginError, match="no installed quantizer"):
+            explain_checkpoint(str(folder), None, 1, "bfloat16", scheme)
 
 
 def test_a_cache_in_the_name_is_a_cache(tmp_path):

@@ -56,6 +56,9 @@ def tokens_of(ctx: click.Context, param: click.Parameter, value: str | None) -> 
 @click.option(
     "--seconds", type=click.FloatRange(min=0, min_open=True), default=None, help="Of calls for each row; default 0.5."
 )
+@click.option(
+    "--all", "every", is_flag=True, help="Every kind of scheme, not the common ones alone; takes several times as long."
+)
 @click.option("--quick", is_flag=True, help="A look: one shape of 1024x1024, M of 1 and 8, few calls. No figures to quote.")
 @click.option(
     "--json", "target", type=click.Path(dir_okay=False, path_type=Path), default=None, help="Write the report here too."
@@ -67,6 +70,7 @@ def bench(
     threads: int | None,
     device: str | None,
     seconds: float | None,
+    every: bool,
     quick: bool,
     target: Path | None,
 ) -> None:
@@ -81,6 +85,8 @@ def bench(
     from ..bench.run import bench as run
     from ..registry import get_registry
 
+    if every and schemes:
+        raise UsageError(f"--all was given together with {' '.join(schemes)}; name schemes, or give --all alone")
     for name in schemes:
         parsed(name)  # Before anything is measured.
     if target is not None and not target.parent.is_dir():
@@ -94,6 +100,7 @@ def bench(
             device=chosen(device),
             seconds=seconds or (0.02 if quick else 0.5),
             quick=quick,
+            every=every,
             tell=tell,
         )
     render(report)

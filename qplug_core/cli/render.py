@@ -34,6 +34,8 @@ def render_plan(plan: QuantPlan, decisions: Sequence[Decision], detailed: bool) 
             group.stored,
             kernel + mode,
         )
+    for name, count, shape in [] if detailed else plan.kept_rows():
+        table.add_row(escape(name), str(count), shape, "-", "16 bit", "16 bit")
     console.print(table)
     for cache in plan.caches[:1]:
         console.print(f"KV cache: {QuantScheme(kv=cache.scheme)} in {len(plan.caches)} attention layers")

@@ -22,6 +22,8 @@ EXPERT_PARTS = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"))
 FUSED_EXPERT = ("gate_up_proj", "up_gate_proj")
 """Names under which one expert's gate and up projections are stored as one, gate rows first (FastDeploy says up_gate)."""
 
+STACK = "it looks like the weights of experts, in a layout that is not known here, and stays at 16 bit"
+
 
 @dataclass
 class Description:
@@ -59,12 +61,16 @@ def describe(model: Any, stored: StoredNames) -> Description:
     state = {**dict(model.named_parameters(remove_duplicate=False)), **persistent_buffers(model)}
     for name, value in state.items():
         if name not in owned:
-            found.slots.append(
-                PlainSlot(
-                    name, stored.of(name), tuple(value.shape), optional=name in tied, pieces=_pieces(name, value, stored)
-                )
-            )
+            note = STACK if _is_in(name, language) and _is_stack(model, name, value) else ""
+            pieces = _pieces(name, value, stored)
+            found.slots.append(PlainSlot(name, stored.of(name), tuple(value.shape), name in tied, pieces, note))
     return found
+
+
+def _is_stack(model: Any, name: str, value: Tensor) -> bool:
+    """Matrices ``[E, ...]`` that no layer owns: weights of experts, not of a convolution."""
+    owner = model.get_submodule(name.rpartition(".")[0])
+    return value.ndim == 3 and min(value.shape) > 1 and not isinstance(owner, nn.modules.conv._ConvNd)
 
 
 def language_parts(model: Any) -> tuple[str, ...]:

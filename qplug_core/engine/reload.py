@@ -27,6 +27,9 @@ def reload_weights(
 
     :raises CheckpointError: where ``new`` lacks a tensor or has another shape; then nothing was changed.
     """
+    for name, info in old.tensors.items():
+        if info.transposed and len(getattr(new.tensors.get(name), "shape", ())) == 2:
+            new.transpose(name)
     _check(_needed(plan, methods, slots, old), old, new)
     for method in methods.values():
         method.reload(new)

@@ -49,7 +49,10 @@ TICKS = {
 """Columns of TensorRT-LLM (the first nine), RTP-LLM (W8A8) and FastDeploy."""
 
 NOT_DONE = {
-    "WINT2": "WINT2 is a convolutional code that its makers fit with calibration data; qplug reads such files and does not make them",
+    "WINT2": (
+        "WINT2 is a convolutional code that its makers fit with calibration data: qplug reads such files and does not make them, "
+        "and plugins/qplug_int8/tests/test_paddle_ernie.py loads one of this family as FastDeploy writes it"
+    ),
 }
 """Columns that are ticked for a family and cannot be made at load, with the reason."""
 
@@ -257,7 +260,13 @@ FAMILIES = {
     ),
     "ERNIE-4.5": Family(
         _config("ernie4_5_moe", moe_num_experts=4, moe_intermediate_size=128, moe_k=2, moe_layer_start_index=1, tie_word_embeddings=True),
-        "Ernie4_5_MoeForCausalLM", ("FP8 block", "WINT8", "WINT4", "MixQuant", "WINT2"),
+        "Ernie4_5_MoeForCausalLM", ("FP8 block", "WINT8", "WINT4", "MixQuant", "WINT2"), ("W8A8", "FP8 KV"),
+    ),
+    "GPT-2": Family(
+        lambda: transformers.GPT2Config(
+            vocab_size=VOCABULARY, n_positions=64, n_embd=128, n_layer=2, n_head=4, bos_token_id=1, eos_token_id=2, initializer_range=0.1,
+        ),
+        "GPT2LMHeadModel", (), ("W8A8", "W4A16 GPTQ", "FP8 KV"), note="in no table; its linear layers are Conv1D, stored [K, N]",
     ),
 }  # fmt: skip
-"""Rows of the tables, in their order; the last two are of RTP-LLM and FastDeploy."""
+"""Rows of the tables, in their order; the last three are of RTP-LLM, FastDeploy and nobody."""

@@ -38,7 +38,9 @@ them have their numerics, with round to nearest. Of a multimodal model the langu
 projects its output, and output embeddings stay at 16 bit. An FP8 KV cache has a scale for each token and head, and what a decoder
 sees of its encoder stays at 16 bit.
 
-Not covered: models whose layers are transformers' `Conv1D` (GPT-2): no layer takes a scheme, and the load is refused.
+A model without any linear layer is refused; experts in a layout that is not known (JetMoe's) stay at 16 bit, and the plan has a row and
+a note that say so. FastDeploy's own files of ERNIE-4.5 (names under `ernie.`, fused projections, Paddle's `[K, N]`) are compared with
+dequantized copies in `plugins/qplug_int8/tests/test_paddle_ernie.py`: WINT2, MixQuant, W4A8, WINT4, block FP8, and the INT8 cache.
 """
 
 REAL = """## A trained model

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from qplug_core import paddle
 from qplug_core.axes import FLOATS, StoredTensor
 from qplug_core.config import LayerQuant, QuantizationConfig, Rule
 from qplug_core.errors import CannotEncode, ConfigError
@@ -76,7 +77,12 @@ class FastDeployFP8Format(CheckpointFormat):
         inferred = (
             [] if raw.get("weight_block_size") else ["weight_block_size is not said: [128, 128], FastDeploy's default"]
         )
+        inferred += [said for said in [paddle.orient(source)] if said]
         return QuantizationConfig(method, rules, inferred=inferred)
+
+    def model_name(self, stored: str) -> str:
+        """See :func:`qplug_core.paddle.model_name`."""
+        return paddle.model_name(stored)
 
     def tensors(self, quant: LayerQuant) -> tuple[StoredTensor, ...]:
         """The two tensors of the table above."""

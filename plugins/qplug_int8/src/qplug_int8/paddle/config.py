@@ -17,6 +17,7 @@ from qplug_core.config import LayerQuant, QuantizationConfig, Rule
 from qplug_core.errors import CannotEncode, ConfigError
 from qplug_core.keys import list_of_names, says_nothing, take
 from qplug_core.match import Matcher
+from qplug_core.paddle import orient
 
 from .types import ORDERS, TYPES, cache, layer_quant
 from .wint2_config import wint2_rules
@@ -67,7 +68,7 @@ def parse(source: Source) -> QuantizationConfig:
     raw = dict(source.quant_config or {})
     method = str(raw.get("quantization") or raw.get("quant_method") or "").lower()
     values = take(raw, {**COMMON, **KNOWN.get(method, {})}, METADATA, f"the FastDeploy config of {method}", "qplug-int8")
-    inferred: list[str] = []
+    inferred = [said for said in [orient(source)] if said]
     dense, moe = _quantized(source, values, inferred)
     ignore = list_of_names(values["ignore"], "the FastDeploy config says ignore")
     rules = [Rule(Matcher(name, "exact"), None, origin="ignore") for name in ignore]

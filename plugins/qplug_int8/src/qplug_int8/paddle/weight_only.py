@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from qplug_core import paddle
 from qplug_core.axes import FLOATS, StoredTensor
 from qplug_core.config import LayerQuant, QuantizationConfig
 from qplug_core.errors import CannotEncode, DecodeError
@@ -113,6 +114,10 @@ class WeightOnlyFormat(CheckpointFormat):
     def quantization_config(self, layers: Mapping[str, LayerQuant | None]) -> dict[str, Any]:
         """See :func:`qplug_int8.paddle.config.write`."""
         return config.write(layers)
+
+    def model_name(self, stored: str) -> str:
+        """See :func:`qplug_core.paddle.model_name`."""
+        return paddle.model_name(stored)
 
     def kv_tensors(self, attention: str) -> dict[str, str]:
         """Largest magnitudes of keys and values, which the config's scheme says by ``rule="amax"``."""
