@@ -1,357 +1,235 @@
-"""Linear kernels on this CPU, side by side with torch's own and with the read limit of the memory, all in one run.
+"""Linear kernels on this CPU against the goals of the project: parts that are measured one by one, in one result file.
 
-    python benchmarks/cpu_linear.py [--threads 2] [--quick] [--json OUT] [--schemes W4A16_g128,Wfp8A16]
+    python benchmarks/cpu_linear.py measure OUT.json 4096x4096 W4A16_g128 W8A8 [--peers] [--m 1,8,512] [--threads 2] [--seconds 0.25]
+    python benchmarks/cpu_linear.py table OUT.json [--into docs/kernels.md]
+    python benchmarks/cpu_linear.py plot OUT.json OUT.svg
 
-Every call reads other copies of the weight than the last one, together larger than the cache. Contenders take turns in rounds; a time
-is the 10th percentile of all calls; with one thread it is CPU time of that thread, which preemption does not spoil. GB/s counts the
-packed weight, scales included. The error is relative Frobenius, against float64 on the dequantized weight (so it includes what quantizing
-activations costs).
+A part is one shape: bf16, the read limit, the best kernel for each scheme, and with ``--peers`` other libraries, which take turns as in
+``qplug bench``. A new part replaces what the file holds of the same shape, schemes and ``--peers``. Ratios are taken within a part.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import platform
-import subprocess
 import sys
-import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
-from datetime import datetime, timezone
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
+from qplug_core.bench.contender import Contender, beyond_cache, of_bf16, of_kernel
+from qplug_core.bench.limits import Limits, measure_limits
+from qplug_core.bench.peers import peers_of
+from qplug_core.bench.results import machine_facts, rows_of
+from qplug_core.bench.run import others, parsed, sample_weight, screen, taking
+from qplug_core.bench.timing import take_turns
 from qplug_core.device import Device
-from qplug_core.kernels import builder
-from qplug_core.kernels.cpu_emulated import CpuEmulated
-from qplug_core.kernels.cpu_w8a8 import CpuInt8
-from qplug_core.kernels.cpu_weight_only import TYPES, CpuWeightOnly
-from qplug_core.scheme import QuantScheme
-from qplug_core.testing.weights import random_weight
+from qplug_core.quantizer import online_scheme
+from qplug_core.registry import get_registry
+from qplug_core.resolve import Policy, Resolver
 
-SHAPES = ((4096, 4096), (11008, 4096), (4096, 11008))
-TOKENS = (1, 8, 512)
-CACHE = 96 * 2**20
-"""Bytes of copies to go round: three times the largest L3 cache that one core sees today, roughly."""
-
-SLOW = 4.0
-"""Seconds: a contender that would take longer for one call is left out, with its estimate."""
-
-Call = Callable[[Tensor], Tensor]
-
-
-def now() -> float:
-    return time.thread_time() if torch.get_num_threads() == 1 else time.perf_counter()
-
-
-@dataclass
-class Contender:
-    """A way to multiply: calls on copies of one weight, bytes of one copy, dtype of x, and the weight it stands for.
-
-    ``least``: rows of x that it needs; ``integers``: whether x must hold small integers.
-    """
-
-    name: str
-    calls: list[Call]
-    nbytes: int
-    dtype: torch.dtype
-    weight: Tensor
-    least: int = 1
-    integers: bool = False
+Row = dict[str, Any]
+Goal = tuple[str, float]
+PEERLESS: list[Goal] = [("of_w4", 1.0)]
+"""For schemes of fewer or other codes: milliseconds of W4A16_g128 in the same part, by theirs."""
+BYTE: dict[int, list[Goal]] = {1: [("of_limit", 0.8), ("of_peer", 1.3)], 8: [("of_peer", 1.5)], 512: [("of_bf16", 1.0)]}
+SMALL: dict[int, list[Goal]] = {1: PEERLESS, 8: PEERLESS, 512: [("of_bf16", 0.9)]}
+GOALS: dict[str, dict[int, list[Goal]]] = {
+    "W4A16_g128": {
+        1: [("of_limit", 0.85), ("of_peer", 1.3)],
+        8: [("of_peer", 2.0)],
+        512: [("of_bf16", 1.0), ("of_peer", 1.3)],
+    },
+    "W8A16": BYTE,
+    "Wfp8A16": BYTE,
+    "W8A8": {
+        1: [("of_limit", 0.85), ("of_onednn", 1.0)],
+        8: [("of_onednn", 1.0)],
+        512: [("of_bf16", 1.9), ("of_onednn", 0.95)],
+    },
+    **dict.fromkeys(("W2A16_g128", "WNF4A16", "Wmxfp4A16", "Wnvfp4A16"), SMALL),
+}
+WORDS = {
+    "of_limit": "of read limit", "of_peer": "x best peer", "of_onednn": "x oneDNN", "of_bf16": "x bf16", "of_w4": "x W4A16_g128",
+}  # fmt: skip
+ONEDNN = ("vLLM oneDNN W8A8", "torch._int_mm")
+START, END = "<!-- cpu_linear: generated -->", "<!-- cpu_linear: end -->"
 
 
-@dataclass
-class Row:
-    """One measured time."""
-
-    n: int
-    k: int
-    m: int
-    name: str
-    ms: float
-    gb_per_s: float
-    of_read_limit: float
-    gflop_per_s: float
-    error: float
-
-
-class WeightOnly(CpuWeightOnly):
-    name = "benchmark"
-    numbers = tuple(TYPES)
-
-
-class Emulated(CpuEmulated):
-    name = "benchmark"
-    numbers = tuple(TYPES)
-
-
-class Int8(CpuInt8):
-    name = "benchmark"
-
-
-def read_limit(rounds: int) -> float:
-    """Best GB/s of a sum over 1 GiB of int64, with as many threads as torch uses."""
-    data = torch.ones(2**27, dtype=torch.int64)
-    best = 0.0
-    for _ in range(rounds):
-        start = now()
-        data.sum()
-        best = max(best, data.nbytes / (now() - start) / 1e9)
-    return best
-
-
-def copies(nbytes: int, make: Callable[[], Call]) -> list[Call]:
-    return [make() for _ in range(max(1, -(-CACHE // nbytes)))]
-
-
-def ours(scheme: str, n: int, k: int, dtype: torch.dtype) -> Contender:
-    parsed = QuantScheme.parse(scheme)
-    kernel = WeightOnly() if parsed.act is None else Int8() if scheme.startswith("W8A8") else Emulated()
-    weight = random_weight(parsed, n, k, torch.Generator().manual_seed(0), scale_dtype=torch.float16)
-    packed = kernel.pack(weight)
-
-    def make() -> Call:
-        own = replace(packed, tensors={name: t.clone() for name, t in packed.tensors.items()})
-        return lambda x: kernel.apply(x, own)
-
-    name = f"qplug {scheme} {str(dtype).removeprefix('torch.')}"
-    return Contender(name, copies(packed.nbytes, make), packed.nbytes, dtype, weight.dequantize())
-
-
-def plain(n: int, k: int, dtype: torch.dtype) -> Contender:
-    weight = torch.randn(n, k, dtype=dtype)
-
-    def make() -> Call:
-        own = weight.clone()
-        return lambda x: F.linear(x, own)
-
-    return Contender(
-        f"F.linear {str(dtype).removeprefix('torch.')}", copies(weight.nbytes, make), weight.nbytes, dtype, weight.float()
-    )
-
-
-def int8pack(n: int, k: int) -> Contender:
-    codes = torch.randint(-127, 128, (n, k), dtype=torch.int8)
-    scales = torch.rand(n).bfloat16()
-
-    def make() -> Call:
-        own = codes.clone()
-        return lambda x: torch._weight_int8pack_mm(x, own, scales)
-
-    weight = codes.float() * scales.float()[:, None]
-    return Contender("torch._weight_int8pack_mm bfloat16", copies(codes.nbytes, make), codes.nbytes, torch.bfloat16, weight)
-
-
-def int4pack(n: int, k: int) -> Contender:
-    codes = torch.randint(0, 16, (n, k), dtype=torch.int32)
-    scales = torch.rand(k // 128, n, 1).bfloat16()
-    both = torch.cat([scales, torch.zeros_like(scales)], dim=-1)
-    packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1)
-
-    def make() -> Call:
-        own = packed.clone()
-        return lambda x: torch.ops.aten._weight_int4pack_mm_for_cpu(x, own, 128, both)
-
-    weight = (codes.float() - 8) * scales.float().squeeze(-1).T.repeat_interleave(128, dim=1)
-    nbytes = packed.nbytes + both.nbytes
-    return Contender("torch._weight_int4pack_mm_for_cpu bfloat16", copies(nbytes, make), nbytes, torch.bfloat16, weight)
-
-
-def int_mm(n: int, k: int) -> Contender:
-    codes = torch.randint(-127, 128, (k, n), dtype=torch.int8)
-
-    def make() -> Call:
-        own = codes.clone()
-        # Codes only: no scale is computed or applied.
-        return lambda x: torch._int_mm(x.to(torch.int8), own)
-
-    calls = copies(codes.nbytes, make)
-    return Contender(
-        "torch._int_mm, codes only", calls, codes.nbytes, torch.float32, codes.T.float(), least=17, integers=True
-    )
-
-
-SCHEMES = (
-    "W2A16_g128", "W3A16_g128", "W4A16_g128", "W4A16_g128_asym", "W4A16_g32", "WNF4A16", "Wnvfp4A16", "Wmxfp4A16", "W8A16", "Wfp8A16",
-    "Wfp8A16_b128x128", "W8A8", "W4A8_g128", "Wfp8Afp8_b128x128",
-)  # fmt: skip
-
-
-def onednn_int8(n: int, k: int) -> Contender:
-    """oneDNN's W8A8 as torch calls it, with one scale for x that is given: nothing is computed from x but its codes."""
-    codes = torch.randint(-127, 128, (n, k), dtype=torch.int8)
-    scales = torch.rand(n) * 0.01 + 0.005
-    zeros = torch.zeros(n, dtype=torch.int64)
-    calls: list[Call] = []
-    for _ in range(max(1, -(-CACHE // codes.nbytes))):
-        packed = torch.ops.onednn.qlinear_prepack(codes.clone(), None)
-
-        def call(x: Tensor, packed: Tensor = packed) -> Tensor:
-            q = torch.clamp(torch.round(x.float() / 0.05) + 128, 0, 255).to(torch.uint8)
-            y: Tensor = torch.ops.onednn.qlinear_pointwise(
-                q, 0.05, 128, packed, scales, zeros, None, 1.0, 0, torch.bfloat16, "none", [], ""
-            )
-            return y
-
-        calls.append(call)
-    return Contender(
-        "onednn.qlinear_pointwise, given scale", calls, codes.nbytes, torch.bfloat16, codes.float() * scales[:, None]
-    )
-
-
-def contenders(n: int, k: int, schemes: Sequence[str]) -> list[Contender]:
-    bf16 = torch.bfloat16
-    return [
-        *(ours(s, n, k, bf16) for s in schemes),
-        ours("W4A16_g128", n, k, torch.float32),
-        plain(n, k, torch.float32),
-        plain(n, k, bf16),
-        int8pack(n, k),
-        int4pack(n, k),
-        onednn_int8(n, k),
-        int_mm(n, k),
-    ]
-
-
-def measure(shape: tuple[int, int], m: int, group: list[Contender], limit: float, seconds: float) -> list[Row]:
-    """Rounds in which every contender is called twice, until each had ``seconds`` (and at least 3 rounds)."""
-    n, k = shape
-    x = torch.randn(m, k)
-    errors: dict[str, float] = {}
-    order, inputs = [], {}
-    for c in group:
-        if m < c.least:
-            continue
-        given = (x.round() if c.integers else x).to(c.dtype)
-        rows = given[:32]
-        start = now()
-        y = c.calls[0](rows).double()
-        expected = (now() - start) * m / len(rows)
-        if expected > SLOW:
-            print(f"  {c.name}: left out, one call would take about {expected:.0f} s")
-            continue
-        exact = rows.double() @ c.weight.double().T
-        errors[c.name] = float((y - exact).norm() / exact.norm())
-        order.append(c)
-        inputs[c.name] = given
-    times: dict[str, list[float]] = {c.name: [] for c in order}
-    used = {c.name: 0.0 for c in order}
-    turn = 0
-    while any(used[c.name] < seconds or len(times[c.name]) < 6 for c in order):
-        for c in order[turn % len(order) :] + order[: turn % len(order)]:
-            if used[c.name] >= seconds and len(times[c.name]) >= 6:
-                continue
-            for _ in range(2):
-                call = c.calls[len(times[c.name]) % len(c.calls)]
-                start = now()
-                call(inputs[c.name])
-                times[c.name].append(now() - start)
-                used[c.name] += times[c.name][-1]
-        turn += 1
-    rows_out = []
-    for c in order:
-        best = sorted(times[c.name])[len(times[c.name]) // 10]
-        rate = c.nbytes / best / 1e9
-        rows_out.append(Row(n, k, m, c.name, best * 1e3, rate, rate / limit, 2 * m * n * k / best / 1e9, errors[c.name]))
-    return rows_out
-
-
-def overhead() -> dict[str, float]:
-    """Microseconds of one call on a weight [16, 32] at M = 1: the bare C function, the operation, and ``apply``."""
-    import qplug_core.kernels.cpu_weight_only as module
-
-    kernel = WeightOnly()
-    packed = kernel.pack(random_weight(QuantScheme.parse("W4A16_g32"), 16, 32))
-    t = packed.tensors
-    x = torch.randn(1, 32).bfloat16()
-    y = torch.empty(1, 16).bfloat16()
-    function = module._function()
-    arguments = (
-        y.data_ptr(), x.data_ptr(), t["codes"].data_ptr(), None, t["scales"].data_ptr(), None, None, t["segments"].data_ptr(), None, None,
-        None, 1, 16, 32, 32, 1, 1, 0, packed.meta["type"], 1, 1, 0, 0, 1,
-    )  # fmt: skip
-    int8 = Int8()
-    int8_packed = int8.pack(random_weight(QuantScheme.parse("W8A8"), 16, 32))
-    linear = torch.nn.Linear(32, 16, dtype=torch.bfloat16)
-    operation = module.weight_only
-    calls: dict[str, Callable[[], object]] = {
-        "C function through ctypes": lambda: function(*arguments),
-        "operation qplug::weight_only": lambda: operation(
-            x, t["codes"], None, t["scales"], None, None, t["segments"], None, None, None, 16, packed.meta["type"], 0, None
-        ),
-        "apply of weight-only": lambda: kernel.apply(x, packed),
-        "apply of W8A8": lambda: int8.apply(x, int8_packed),
-        "nn.Linear bfloat16": lambda: linear(x),
-    }
-    found = {}
-    with torch.inference_mode():
-        for name, call in calls.items():
-            samples = []
-            for _ in range(30):
-                start = now()
-                for _ in range(500):
-                    call()
-                samples.append((now() - start) / 500 * 1e6)
-            found[name] = sorted(samples)[3]
-    return found
-
-
-def machine() -> dict[str, object]:
-    version = subprocess.run(["cc", "--version"], capture_output=True, text=True, check=False).stdout.splitlines()[:1]
+def measure(n: int, k: int, schemes: list[str], tokens: list[int], peers: bool, seconds: float) -> dict[str, Any]:
+    """One part."""
+    device = Device.cpu()
+    registry = get_registry()
+    resolver = Resolver(registry, device, Policy())
+    beyond = beyond_cache(device)
+    present, missing = peers_of(device) if peers else ([], {})
+    notes: list[str] = []
+    groups = []
+    for scheme in map(parsed, schemes):
+        weight = sample_weight(online_scheme(scheme, k), n, k)
+        name = taking(resolver, weight, "bfloat16")[0].name
+        group = [of_kernel(resolver.kernel(name), weight, name, beyond)]
+        group += others([p for p in present if p.takes(weight.scheme, n, k)], weight, beyond, device, notes)
+        groups.append((weight, weight.dequantize(), group))
+    plain = of_bf16(groups[0][1], beyond)
+    limits, found = Limits(0.0, 0.0), []
+    for m in tokens:
+        x = torch.randn(m, k, generator=torch.Generator().manual_seed(1)).bfloat16()
+        limits = limits.best(measure_limits(device))
+        screened: list[tuple[list[Contender], dict[str, float]]] = []
+        for weight, exact, group in groups:
+            # Of bf16 the error is that of this scheme's weight, the time that of any.
+            own = of_bf16(exact, 1)
+            screened.append(screen([*group, own], x, exact.double(), device, notes, f"{weight.scheme}, M={m}"))
+        everyone = [plain, *(c for order, _ in screened for c in order if c.kind != "bf16")]
+        samples = take_turns(everyone, [c.prepare(x) for c in everyone], seconds, device)
+        timed = {id(c): sample for c, sample in zip(everyone, samples, strict=True)}
+        for (weight, _, _), (order, errors) in zip(groups, screened, strict=True):
+            found.append((weight, m, [(c, timed[id(plain if c.kind == "bf16" else c)], errors[c.name]) for c in order]))
+    rows = [asdict(row) for weight, m, results in found for row in rows_of(results, weight, m, limits, resolver)]
     return {
-        "cpu": Device.cpu().name,
-        "kernels_for": builder.instruction_set(Device.cpu()),
-        "torch": torch.__version__,
-        "threads": torch.get_num_threads(),
-        "compiler": version[0] if version else "",
-        "system": platform.platform(),
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "command": " ".join(sys.argv),
-    }
+        "n": n, "k": k, "schemes": schemes, "peers": peers, "read_gb_per_s": limits.read / 1e9,
+        "matmul_tflop_per_s": limits.matmul / 1e12, "machine": machine_facts(device, registry) | {"command": command()},
+        "missing": missing, "notes": notes, "rows": rows,
+    }  # fmt: skip
+
+
+def command() -> str:
+    return " ".join(["python benchmarks/cpu_linear.py", *sys.argv[1:]])
+
+
+def read(path: Path) -> dict[str, Any]:
+    if not path.exists():
+        return {"schema": 2, "kind": "cpu_linear", "parts": []}
+    return json.loads(path.read_text(encoding="utf-8"))  # type: ignore[no-any-return]
+
+
+def keep(path: Path, part: dict[str, Any]) -> None:
+    """Put a part into the file, in place of the same one."""
+    body = read(path)
+    same = ("n", "k", "schemes", "peers")
+    body["parts"] = [p for p in body["parts"] if any(p[key] != part[key] for key in same)] + [part]
+    body["parts"].sort(key=lambda p: (-p["peers"], p["schemes"], p["n"] * p["k"], p["k"]))
+    path.write_text(json.dumps(body, indent=1) + "\n", encoding="utf-8")
+
+
+def judged(body: dict[str, Any]) -> Iterator[tuple[Row, Row | None, dict[str, float], list[tuple[Goal, float | None]]]]:
+    """Each of our rows with the fastest peer of its part, its ratios, and its goals, each with what was reached."""
+    for part in body["parts"]:
+        rows = part["rows"]
+        for row in (r for r in rows if r["kind"] == "qplug"):
+            here = [r for r in rows if r["m"] == row["m"]]
+            peers = [r for r in here if r["kind"] == "peer" and r["scheme"] == row["scheme"]]
+            peer = min(peers, key=lambda r: r["ms"], default=None)
+            ratios = {key: row[key] for key in ("of_bf16", "of_peer") if row[key] is not None}
+            ratios["of_limit"] = row["gb_per_s"] / part["read_gb_per_s"]
+            first = next((r for r in here if r["scheme"] == "W4A16_g128" and r["kind"] == "qplug"), None)
+            if first is not None:
+                ratios["of_w4"] = first["ms"] / row["ms"]
+            if library := [r["ms"] for r in peers if r["name"] in ONEDNN]:
+                ratios["of_onednn"] = min(library) / row["ms"]
+            goals = GOALS.get(row["scheme"], {}).get(row["m"], [])
+            yield row, peer, ratios, [(goal, ratios.get(goal[0])) for goal in goals]
+
+
+def table(body: dict[str, Any]) -> str:
+    """Markdown: what was measured where, and a line for each kernel."""
+    parts = body["parts"]
+    facts = [p["machine"] for p in parts]
+    reads = [p["read_gb_per_s"] for p in parts]
+    products = [p["matmul_tflop_per_s"] for p in parts]
+    dates = sorted(f["date"] for f in facts)
+    lines = [
+        f"{facts[0]['device']} ({facts[0]['arch']}), {facts[0]['threads']} threads, torch {facts[0]['torch']}, {len(parts)} parts from "
+        f"{dates[0][:16]} to {dates[-1][:16]} UTC. Reading {min(reads):.1f} to {max(reads):.1f} GB/s, bf16 products {min(products):.2f} to "
+        f"{max(products):.2f} TFLOP/s; ratios are within a part.",
+        "",
+        "| scheme | [N, K] | M | ms | GB/s | of read limit | x bf16 | best peer | its ms | goals |",
+        "|---" * 10 + "|",
+    ]
+    met = total = 0
+    for row, peer, ratios, goals in judged(body):
+        said = []
+        for (key, least), reached in goals:
+            if reached is None:
+                said.append(f"{WORDS[key]} >= {least:g}: no peer" if key == "of_peer" else "")
+                continue
+            total, met = total + 1, met + (reached >= least)
+            said.append(f"{WORDS[key]} {reached:.2f}, {'met' if reached >= least else f'**missed** ({least:g})'}")
+        other = ["-", "-"] if peer is None else [peer["name"], f"{peer['ms']:.3f}"]
+        lines.append(
+            f"| {row['scheme']} | [{row['n']}, {row['k']}] | {row['m']} | {row['ms']:.3f} | {row['gb_per_s']:.1f} | "
+            f"{ratios['of_limit']:.0%} | {ratios.get('of_bf16', 0.0):.2f} | {' | '.join(other)} | {'; '.join(filter(None, said))} |"
+        )
+    return "\n".join([*lines, "", f"{met} of {total} goals met."])
+
+
+def into(path: Path, text: str) -> None:
+    """Replace what stands between the marks."""
+    before, rest = path.read_text(encoding="utf-8").split(START)
+    path.write_text(before + START + "\n" + text + "\n" + END + rest.split(END)[1], encoding="utf-8")
+
+
+def plot(body: dict[str, Any], target: Path) -> None:
+    """Speed by M relative to bf16, a panel for each shape and a line for each scheme."""
+    from matplotlib.figure import Figure
+
+    lines: dict[tuple[int, int], dict[str, dict[int, float]]] = {}
+    for row, _, ratios, _ in judged(body):
+        lines.setdefault((row["n"], row["k"]), {}).setdefault(row["scheme"], {})[row["m"]] = ratios["of_bf16"]
+    figure = Figure(figsize=(4 * len(lines), 5), layout="constrained")
+    for axes, ((n, k), schemes) in zip(
+        figure.subplots(1, len(lines), sharey=True, squeeze=False)[0], lines.items(), strict=True
+    ):
+        for i, (scheme, points) in enumerate(schemes.items()):
+            at = sorted(points)
+            axes.plot(range(len(at)), [points[m] for m in at], marker="osv^D"[i % 5], color=f"C{i % 10}", label=scheme)
+            axes.set_xticks(range(len(at)), [f"M={m}" for m in at])
+        axes.axhline(1, color="black", linestyle="--", linewidth=1)
+        axes.set_yscale("log", base=2)
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.set_title(f"[{n}, {k}]", loc="left", fontsize=9)
+    figure.axes[0].set_ylabel("times faster than F.linear in bf16")
+    facts = body["parts"][0]["machine"]
+    figure.suptitle(f"{facts['device']} ({facts['arch']}), {facts['threads']} threads, {facts['date'][:10]}", fontsize=9)
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=5, fontsize=8)
+    figure.savefig(target, dpi=120)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--seconds", type=float, default=1.0, help="for each contender, shape and M")
-    parser.add_argument("--quick", action="store_true", help="the first shape only")
-    parser.add_argument("--schemes", default=",".join(SCHEMES), help="ours, with commas")
-    parser.add_argument("--json", metavar="OUT")
+    verbs = parser.add_subparsers(dest="verb", required=True)
+    one = verbs.add_parser("measure", help="measure one part")
+    one.add_argument("out", type=Path)
+    one.add_argument("shape", help="rows by columns, as 4096x4096")
+    one.add_argument("schemes", nargs="+")
+    one.add_argument("--peers", action="store_true")
+    one.add_argument("--m", default="1,8,512")
+    one.add_argument("--threads", type=int, default=2)
+    one.add_argument("--seconds", type=float, default=0.25, help="of calls for each contender and M")
+    show = verbs.add_parser("table", help="Markdown of all parts, with goals met and missed")
+    show.add_argument("out", type=Path)
+    show.add_argument("--into", type=Path, help="a file with marks, between which the table goes")
+    picture = verbs.add_parser("plot", help="speed by M relative to bf16 (needs matplotlib)")
+    picture.add_argument("out", type=Path)
+    picture.add_argument("target", type=Path)
     options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    torch.manual_seed(0)
-    facts = machine()
-    print(", ".join(f"{name}: {value}" for name, value in facts.items()))
-    calls = overhead()
-    print("\nmicroseconds for one call, [16, 32], M = 1, inference mode")
-    for name, us in calls.items():
-        print(f"  {name:34s}{us:8.1f}")
-    rows, limits = [], []
-    with torch.inference_mode():
-        for shape in SHAPES[:1] if options.quick else SHAPES:
-            group = contenders(*shape, options.schemes.split(","))
-            for m in TOKENS:
-                limits.append(read_limit(8))
-                print(f"\n[N, K] = {list(shape)}, M = {m}, read limit {limits[-1]:.1f} GB/s")
-                print(f"  {'':44s}{'ms':>9s}{'GB/s':>8s}{'of limit':>10s}{'GFLOP/s':>10s}{'error':>11s}")
-                for row in measure(shape, m, group, limits[-1], options.seconds):
-                    rows.append(row)
-                    print(
-                        f"  {row.name:44s}{row.ms:9.3f}{row.gb_per_s:8.1f}{row.of_read_limit:10.0%}{row.gflop_per_s:10.1f}{row.error:11.1e}"
-                    )
-    if options.json:
-        result = {
-            "schema": 1,
-            "machine": facts,
-            "read_limits": limits,
-            "overhead_us": calls,
-            "rows": [asdict(r) for r in rows],
-        }
-        with open(options.json, "w") as out:
-            json.dump(result, out, indent=1)
+    if options.verb == "measure":
+        torch.set_num_threads(options.threads)
+        n, k = map(int, options.shape.split("x"))
+        with torch.inference_mode():
+            part = measure(n, k, options.schemes, [int(m) for m in options.m.split(",")], options.peers, options.seconds)
+        keep(options.out, part)
+        print(table({"parts": [part]}))
+    elif options.verb == "plot":
+        plot(read(options.out), options.target)
+    elif options.into:
+        into(options.into, table(read(options.out)))
+    else:
+        print(table(read(options.out)))
 
 
 if __name__ == "__main__":

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from .decl import API as API
-from .decl import REFERENCE, KernelDecl, QuantizerDecl
+from .decl import OPTIMIZED, REFERENCE, KernelDecl, QuantizerDecl
 from .hookspecs import hookimpl
 
 
 @hookimpl
 def qplug_kernels() -> list[KernelDecl]:
-    """The floor: one kernel for each operation, on any device."""
+    """The floor: one kernel for each operation, on any device; and rows of embeddings on CPUs."""
 
     def reference(name: str, impl: str, *ops: str) -> KernelDecl:
         return KernelDecl(
@@ -28,6 +28,15 @@ def qplug_kernels() -> list[KernelDecl]:
         reference("reference_experts", "linear:ReferenceExperts", "experts"),
         reference("reference_embedding", "embedding:ReferenceEmbedding", "embedding"),
         reference("reference_kv_cache", "kv_cache:ReferenceKVCache", "kv_cache"),
+        KernelDecl(
+            "core.cpu_embedding",
+            impl="qplug_core.kernels.cpu_embedding:CpuEmbedding",
+            ops=("embedding",),
+            schemes=("*",),
+            devices=("avx2",),
+            rank=OPTIMIZED,
+            summary="x86, only the rows that are asked for are decoded",
+        ),
     ]
 
 

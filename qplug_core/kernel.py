@@ -83,6 +83,8 @@ class Kernel(ABC):
     """
 
     name: str
+    grouped: bool = False
+    """Whether :meth:`apply_experts` is there: one call for all experts of a projection. Without it, each has a call of its own."""
 
     @abstractmethod
     def supports(self, problem: Problem, device: Device) -> list[Refusal]:
@@ -98,6 +100,13 @@ class Kernel(ABC):
 
         For ``op="embedding"``: x is a LongTensor of rows, the result is ``[*, K]``.
         """
+
+    def apply_experts(self, x: Tensor, packed: PackedWeight, ends: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Rows ``ends[e-1]`` to ``ends[e]`` of ``x [T, K]`` times expert e, plus ``bias [E, N]``: ``[T, N]`` in the dtype of x.
+
+        ``packed``: the tensors of :meth:`pack` with E in front. ``ends``: LongTensor ``[E]``, ascending; rows past the last come out as 0.
+        """
+        raise NotImplementedError(f"{self.name} multiplies one expert at a time")
 
 
 def problem_of(weight: QuantWeight | OpaqueWeight, op: Op, dtype: str) -> Problem:

@@ -25,6 +25,9 @@ from .weight import OpaqueWeight, QuantWeight, concat, without_act
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from .decl import QuantizerDecl
+    from .registry import Registry
+
 
 class TensorSource(Protocol):
     """Where tensors come from: a :class:`~qplug_core.source.Source` or :class:`~qplug_core.source.MemorySource`."""
@@ -36,6 +39,10 @@ class TensorSource(Protocol):
 
     def read(self, name: str, index: tuple[slice | int, ...] = ()) -> Tensor:
         """A tensor or a cut of it."""
+        ...
+
+    def transpose(self, name: str) -> None:
+        """See a matrix that is stored ``[K, N]`` as ``[N, K]``."""
         ...
 
     def release(self, name: str) -> None:
@@ -231,15 +238,18 @@ def online_quantizer(resolver: Resolver, scheme: QuantScheme) -> Quantizer:
 
     :raises PluginError: where none is installed.
     """
-    declared = [entry.decl for entry in resolver.registry.quantizers]
-    found = [d for d in declared if not d.calibrated and d.makes(scheme)]
+    quantizer: Quantizer = resolver.registry.load(online_decl(resolver.registry, scheme))
+    return quantizer
+
+
+def online_decl(registry: Registry, scheme: QuantScheme) -> QuantizerDecl:
+    """The declaration of :func:`online_quantizer`, which a plan asks for before anything is loaded."""
+    found = [e.decl for e in registry.quantizers if not e.decl.calibrated and e.decl.makes(scheme)]
     if not found:
         raise PluginError(
             f"no installed quantizer makes {scheme} from a 16-bit weight at load; see the online column of `qplug list-methods`"
         )
-    chosen = min(found, key=lambda d: (d.name != "rtn", d.name))
-    quantizer: Quantizer = resolver.registry.load(chosen)
-    return quantizer
+    return min(found, key=lambda d: (d.name != "rtn", d.name))
 
 
 def decode_part(

@@ -11,9 +11,13 @@ from math import gcd
 import torch
 from torch import Tensor
 
+from .kernels import cpu_packing
+
 
 def unpack(stream: Tensor, bits: int) -> Tensor:
     """uint8 values ``[R, L]`` of a stream ``[R, L*bits/32]`` int32, or ``[R, L*bits/8]`` uint8, contiguous, little-endian."""
+    if stream.dtype == torch.int32 and cpu_packing.available(stream):
+        return cpu_packing.unpack(stream, bits)
     data = stream.view(torch.uint8)
     values, step = _period(bits)
     out = torch.empty(data.shape[0], data.shape[1] // step * values, dtype=torch.uint8)
@@ -26,6 +30,16 @@ def unpack(stream: Tensor, bits: int) -> Tensor:
     if bits < 8:
         out.bitwise_and_(2**bits - 1)
     return out
+
+
+def unpack_columns(words: Tensor, bits: int, minus: int = 0) -> Tensor:
+    """uint8 values ``[R, L]``, less ``minus`` (wrapping round), of a stream for each column: words int32 ``[L*bits/32, R]``.
+
+    ``minus`` is 0 or ``2**(bits-1)``, which makes the two's complement of a code whose middle is that.
+    """
+    if cpu_packing.available(words):
+        return cpu_packing.unpack(words.t(), bits, minus)
+    return unpack(transposed(words), bits).sub_(minus)
 
 
 def pack(values: Tensor, bits: int, dtype: torch.dtype = torch.int32) -> Tensor:

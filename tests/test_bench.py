@@ -371,3 +371,19 @@ def test_a_picture_is_drawn_where_matplotlib_is(written, tmp_path):
     else:
         assert (done.returncode, done.stderr) == (2, "matplotlib is not installed: pip install matplotlib\n")
     assert plot(written[0], target, "--m", "7").returncode == 2
+
+
+def test_benchmarks_need_no_test_tools():
+    code = "import sys; sys.modules['pytest'] = None; import qplug_core.bench.run"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_all_takes_more_schemes_and_no_names(tmp_path):
+    target = tmp_path / "all.json"
+    arguments = ["bench", "--all", "--quick", "--shapes", "64x256", "--m", "1", "--seconds", "1e-6", "--json", str(target)]
+    found = CliRunner().invoke(main, arguments)
+    assert found.exit_code == 0, found.output
+    schemes = {row["scheme"] for row in json.loads(target.read_text())["rows"]}
+    assert schemes > {"W4A16_g128", "W8A8", "W4A8_g128", "W3A16_g128"}
+    refused = CliRunner().invoke(main, ["bench", "--all", "W8A8"])
+    assert refused.exit_code != 0

@@ -17,10 +17,10 @@ from ..device import Device, local_devices
 from ..errors import SchemeError, UsageError
 from ..kernel import problem_of
 from ..quantizer import online_scheme
+from ..random_weight import random_weight
 from ..registry import Registry
 from ..resolve import Policy, Resolver
 from ..scheme import QuantScheme
-from ..testing.weights import random_weight
 from ..weight import QuantWeight
 from .contender import Contender, beyond_cache, of_bf16, of_kernel
 from .limits import Limits, measure_limits, synchronize
@@ -31,6 +31,11 @@ from .timing import take_turns
 
 SCHEMES = ("W4A16_g128", "W4A16_g128_asym", "W8A16", "W8A8", "Wfp8A16", "Wfp8Afp8", "WNF4A16_g64", "Wmxfp4A16", "W2A16_g64")
 """What is run where no scheme is named, if some kernel other than the reference one takes it on the device."""
+ALL = (
+    *SCHEMES, "W4A16_g32", "W4A16_g128_actorder", "W3A16_g128", "W2A16_g128", "W8A16_g128", "Wnvfp4A16", "Wfp8A16_b128x128", "Wfp8Afp8_b128x128",
+    "W4A8_g128", "Wmxfp4Amxfp4", "Wnvfp4Anvfp4", "Wmxfp8Amxfp8",
+)  # fmt: skip
+"""What ``--all`` runs, as far as kernels take it."""
 SHAPES = ((4096, 4096), (11008, 4096), (4096, 11008))
 TOKENS = (1, 8, 512)
 CHECKED = 32
@@ -51,12 +56,13 @@ def bench(
     dtype: str = "bfloat16",
     seconds: float = 0.5,
     quick: bool = False,
+    every: bool = False,
     tell: Tell = lambda text: None,
 ) -> Report:
     """Run everything; ``tell`` is told what is going on.
 
     schemes
-        Names, or engines' words for them; :data:`SCHEMES` where there are none.
+        Names, or engines' words for them; :data:`SCHEMES` where there are none, with ``every`` :data:`ALL`.
     seconds
         Of calls for each contender and M.
 
@@ -67,7 +73,7 @@ def bench(
     report = Report(machine_facts(device, registry))
     peers, report.missing = peers_of(device)
     with torch.inference_mode():
-        for scheme in wanted(schemes, resolver, report.notes):
+        for scheme in wanted(schemes, resolver, report.notes, ALL if every else SCHEMES):
             for n, k in shapes:
                 tell(f"{scheme} [{n}, {k}]: packing")
                 weight = sample_weight(online_scheme(scheme, k), n, k).to(device.torch_device())
@@ -116,12 +122,12 @@ def here(device: Device) -> Device:
     return device
 
 
-def wanted(names: Sequence[str], resolver: Resolver, notes: list[str]) -> list[QuantScheme]:
-    """The schemes that were named, or those of :data:`SCHEMES` that a kernel of some plugin takes on this device."""
+def wanted(names: Sequence[str], resolver: Resolver, notes: list[str], common: Sequence[str] = SCHEMES) -> list[QuantScheme]:
+    """The schemes that were named, or those of ``common`` that a kernel of some plugin takes on this device."""
     if names:
         return [parsed(name) for name in names]
     found = []
-    for scheme in map(QuantScheme.parse, SCHEMES):
+    for scheme in map(QuantScheme.parse, common):
         weight = sample_weight(scheme, 256, 512)
         if any(decl.rank != Rank.REFERENCE for decl in taking(resolver, weight, "bfloat16")):
             found.append(scheme)

@@ -16,7 +16,9 @@ LEAST = 6
 """Calls of each contender, however long they take."""
 WARM = 1.0
 """Seconds at most that first calls of all copies take together; what allocates or compiles does so then."""
-PAUSE = 0.001
+LONG = 0.01
+"""Seconds of calls in a row before the next contender's turn, and two calls at least: the first of a turn finds threads asleep."""
+PAUSE = 0.01
 """Seconds between two contenders, in which threads of the first that spin for work give up."""
 
 
@@ -62,7 +64,7 @@ def take_turns(group: Sequence[Contender], inputs: Sequence[Any], seconds: float
 
 
 class _Turns:
-    """Two calls in a row on the next copies of the weight."""
+    """Calls in a row on the next copies of the weight, :data:`LONG` seconds of them."""
 
     def __init__(self, contender: Contender, x: Any) -> None:
         self.contender, self.x, self.next = contender, x, 0
@@ -73,8 +75,8 @@ class _Turns:
                 break
 
     def turn(self) -> list[float]:
-        times = []
-        for _ in range(2):
+        times: list[float] = []
+        while len(times) < 2 or sum(times) < LONG:
             call = self.contender.calls[self.next % len(self.contender.calls)]
             self.next += 1
             start = time.perf_counter()

@@ -1,50 +1,14 @@
-"""A quantized KV cache in the place of transformers' own: its layers hold bytes, attention sees numbers."""
+"""The KV cache of the reference engine: transformers' own with layers that are written in place, and hold bytes where there are coders."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
-from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from ..errors import UsageError
-from ..reference.kv_cache import CacheCoder
-
-Coders = tuple[CacheCoder, CacheCoder]
-
-
-class _Quantized:
-    """Stores what coders make of keys and values. Growing, sliding, cropping and reordering are the base class's: bytes of a
-    token stay together along the last dimension, which none of them touches."""
-
-    keys: Tensor
-    values: Tensor
-    coders: Coders
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """New keys and values ``[B, H, T, D]`` in, all of them out, in the dtype that came in."""
-        encoded = [coder.encode(x) for coder, x in zip(self.coders, (key_states, value_states), strict=True)]
-        held = super().update(*encoded, *args, **kwargs)  # type: ignore[misc]
-        news = (key_states, value_states)
-        keys, values = (c.decode(h, x.shape[-1], x.dtype) for c, h, x in zip(self.coders, held, news, strict=True))
-        return keys, values
-
-
-class QuantCacheLayer(_Quantized, DynamicLayer):  # type: ignore[misc]
-    """A layer that sees all tokens."""
-
-    def __init__(self, coders: Coders) -> None:
-        super().__init__()
-        self.coders = coders
-
-
-class QuantSlidingLayer(_Quantized, DynamicSlidingWindowLayer):  # type: ignore[misc]
-    """A layer that sees the last tokens."""
-
-    def __init__(self, sliding_window: int, coders: Coders) -> None:
-        super().__init__(sliding_window)
-        self.coders = coders
+from .slab import Coders, SlabLayer, SlabSlidingLayer
 
 
 def quant_cache(config: Any, coders: Mapping[int, Coders]) -> DynamicCache:
@@ -54,17 +18,17 @@ def quant_cache(config: Any, coders: Mapping[int, Coders]) -> DynamicCache:
     """
     cache = DynamicCache(config=config)
     cache.layers += [DynamicLayer() for _ in range(max(coders, default=-1) + 1 - len(cache.layers))]
-    for index, pair in coders.items():
-        layer = cache.layers[index]
+    for index, layer in enumerate(cache.layers):
         if type(layer) is DynamicLayer:
-            cache.layers[index] = QuantCacheLayer(pair)
+            cache.layers[index] = SlabLayer(coders.get(index))
         elif type(layer) is DynamicSlidingWindowLayer:
-            cache.layers[index] = QuantSlidingLayer(layer.sliding_window, pair)
-        else:
+            cache.layers[index] = SlabSlidingLayer(layer.sliding_window, coders.get(index))
+        elif index in coders:
             raise UsageError(
                 f"layer {index} keeps a {type(layer).__name__}, which is not a cache of keys and values alone; load with kv_cache='16bit'"
             )
-    cache.layer_class_to_replicate = None
+    if cache.layer_class_to_replicate is DynamicLayer:
+        cache.layer_class_to_replicate = None if coders else SlabLayer
     return cache
 
 

@@ -10,7 +10,15 @@ from typing import Any
 import torch
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
-from transformers import Cache, DynamicCache, EncoderDecoderCache, GenerationConfig, TextIteratorStreamer
+from transformers import (
+    Cache,
+    DynamicCache,
+    EncoderDecoderCache,
+    GenerationConfig,
+    StoppingCriteriaList,
+    StopStringCriteria,
+    TextIteratorStreamer,
+)
 
 from ..device import Device
 from ..errors import CheckpointError, UsageError
@@ -24,13 +32,17 @@ from ..repository import open_checkpoint
 from ..resolve import Policy
 from ..scheme import QuantScheme
 from ..source import Source
-from .cache import Coders, bytes_per_token, quant_cache
+from .attention import use_own_attention
+from .cache import bytes_per_token, quant_cache
+from .decode import DecodeLoop, kept_loop
+from .decode_norm import use_own_norms
 from .describe import Description, describe
-from .memory import trim
+from .memory import Heap, trim
 from .names import StoredNames, left_out
 from .place import fill_slot, place_experts, place_layer, plain_weight
 from .reload import reload_weights
 from .skeleton import model_config, skeleton
+from .slab import Coders
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -79,7 +91,7 @@ class Engine:
         if self._tokenizer is None:
             try:
                 self._tokenizer = self.source.load_tokenizer()
-            except (OSError, ValueError, KeyError) as error:
+            except (OSError, ValueError, KeyError, TypeError) as error:
                 raise CheckpointError(
                     f"{self.source.path} has no tokenizer that loads ({str(error).splitlines()[0]}); put tokenizer.json there"
                 ) from None
@@ -102,7 +114,15 @@ class Engine:
 
     @torch.inference_mode()
     def logits(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """LongTensor ``[B, T]`` to float32 ``[B, T, V]``."""
+        """LongTensor ``[B, T]`` to float32 ``[B, T, V]``.
+
+        :raises UsageError: for a model that has none, or that takes two inputs.
+        """
+        if self.model.config.is_encoder_decoder:
+            raise UsageError(
+                f"{type(self.model).__name__} has an encoder and a decoder; call engine.forward(input_ids=..., decoder_input_ids=...) "
+                "instead"
+            )
         cache = self._cache() if self.coders else None
         out = self.model(
             input_ids=input_ids, attention_mask=attention_mask, past_key_values=cache, use_cache=cache is not None
@@ -172,28 +192,40 @@ class Engine:
             options |= {"temperature": temperature, "top_p": top_p, "top_k": top_k}
         config = GenerationConfig(
             **options,
-            stop_strings=list(stop) or None,
             pad_token_id=self.tokenizer.pad_token_id,
             eos_token_id=self.model.generation_config.eos_token_id,
             bos_token_id=self.model.generation_config.bos_token_id,
         )
         if stream:
             return self._stream(inputs, config, stop, seed)
-        out = self._run(inputs, config, seed)
+        out = self._run(inputs, config, stop, seed)
         width = inputs["input_ids"].shape[1]
         texts = [_before(self.tokenizer.decode(row[width:], skip_special_tokens=True), stop) for row in out]
         return texts[0] if isinstance(prompt, str) else texts
 
-    def _run(self, inputs: Mapping[str, Tensor], config: GenerationConfig, seed: int | None, **more: Any) -> Tensor:
+    def _run(
+        self,
+        inputs: Mapping[str, Tensor],
+        config: GenerationConfig,
+        stop: Sequence[str],
+        seed: int | None,
+        streamer: Any = None,
+    ) -> Tensor:
+        more: dict[str, Any] = {"streamer": streamer} if streamer is not None else {}
+        if stop:
+            more["stopping_criteria"] = StoppingCriteriaList([StopStringCriteria(self.tokenizer, list(stop))])
+        own = (config.num_beams or 1) == 1 and kept_loop(self.model) is None
+        if own:
+            more["custom_generate"] = DecodeLoop(streamer)
         kept = {key: inputs[key] for key in ("input_ids", "attention_mask")}
         with torch.inference_mode(), torch.random.fork_rng(enabled=seed is not None):
             if seed is not None:
                 torch.manual_seed(seed)
-            cache = self._cache() if self.coders else None
+            cache = self._cache() if self.coders or own else None
             if cache is not None:
                 more["past_key_values"] = cache
-            out: Tensor = self.model.generate(**kept, generation_config=config, tokenizer=self.tokenizer, **more)
-            if cache is not None:
+            out: Tensor = self.model.generate(**kept, generation_config=config, **more)
+            if self.coders and cache is not None:
                 self.cache_bytes_per_token = bytes_per_token(getattr(cache, "self_attention_cache", cache))
             return out
 
@@ -205,7 +237,7 @@ class Engine:
 
         def work() -> None:
             try:
-                self._run(inputs, config, seed, streamer=streamer)
+                self._run(inputs, config, stop, seed, streamer)
             except BaseException as error:
                 failure.append(error)
                 streamer.end()
@@ -291,6 +323,9 @@ def load(
         )
     coders = {described.attention[c.layer]: cache_coders(planner, c) for c in plan.caches}
     quant_cache(model.config, coders)
+    if device == "cpu" and kernels != "reference":
+        plan.notes += use_own_attention(model, described)
+        use_own_norms(model)
     return Engine(model, plan, source, methods, coders, described.slots)
 
 
@@ -329,6 +364,7 @@ class _Loader:
 
     def run(self, progress: bool) -> dict[str, QuantMethod]:
         methods: dict[str, QuantMethod] = {}
+        heap = Heap()
         columns = (
             TextColumn("loading"),
             BarColumn(),
@@ -341,11 +377,12 @@ class _Loader:
                 method = self._layer(decision)
                 if method is not None:
                     methods[decision.layer.name] = method
-                    trim()
+                    heap.loaded(method.nbytes)
                 self.registry.layer_ready(decision.layer, decision)
                 bar.advance(task)
             for slot in self.described.slots:
                 fill_slot(self.model, slot, self.source, self.device)
+        trim()
         place_experts(self.model, self.described, methods)
         self.model.tie_weights()
         self._check_complete()

@@ -14,6 +14,7 @@ from ..quant_plan import QuantPlan
 from ..registry import get_registry
 from ..repository import open_checkpoint
 from ..resolve import Policy
+from .attention import kept_attention
 from .describe import describe
 from .names import StoredNames, left_out
 from .skeleton import model_config, skeleton
@@ -35,7 +36,10 @@ def explain_checkpoint(
     described = describe(model, StoredNames(model, source.tensors, planner.model_name))
     planner.config.ignorable.update(left_out(model, source.tensors))
     layers = described.layers if tp == 1 else [shard(layer, model, 0, tp) for layer in described.layers]
-    return planner.plan(layers, described.slots)
+    plan = planner.plan(layers, described.slots)
+    if device is None or device.vendor == "cpu":
+        plan.notes += kept_attention(model, described)
+    return plan
 
 
 def shard(layer: LayerSpec, model: Any, rank: int, world: int) -> LayerSpec:

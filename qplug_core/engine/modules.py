@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UsageError
+from ..experts import group
 from ..method import QuantMethod
 from .weight_view import WeightView
 
@@ -87,8 +88,9 @@ class QuantExperts(_Packed):
     """Experts, each with its own two methods: ``gate_up [2I, H]`` (or ``up [I, H]``) and ``down [H, I]``.
 
     Takes the place of a transformers experts module: everything between the router and the sum over experts. Only
-    the experts that a batch selects are touched. ``original``: that module without its weights, which knows the
-    activation and holds the biases. ``halves``: gate rows come before up rows, though the module interleaves them.
+    the experts that a batch selects are touched, in one call for each projection where their kernel has one.
+    ``original``: that module without its weights, which knows the activation and holds the biases. ``halves``: gate
+    rows come before up rows, though the module interleaves them.
     """
 
     def __init__(self, up: list[QuantMethod], down: list[QuantMethod], original: Any, halves: bool) -> None:
@@ -99,6 +101,7 @@ class QuantExperts(_Packed):
         self.halves = halves and not getattr(original, "is_concatenated", True)
         self.gated = up[0].decision.layer.n == 2 * down[0].decision.layer.local_k
         self.num_experts = len(up)
+        self.groups = group(up), group(down)
 
     def methods(self) -> list[QuantMethod]:
         """Of all experts."""
@@ -106,6 +109,8 @@ class QuantExperts(_Packed):
 
     def forward(self, hidden_states: Tensor, *routing: Tensor) -> Tensor:
         """Tokens ``[T, H]``, LongTensor ``[T, k]`` and weights ``[T, k]`` to ``[T, H]``; or tokens sorted by expert alone (Llama 4)."""
+        if None not in self.groups:
+            return self._grouped(hidden_states, *routing)
         if not routing:
             pieces = hidden_states.view(self.num_experts, -1, hidden_states.shape[-1])
             return torch.cat([self._expert(e, x) for e, x in enumerate(pieces)])
@@ -119,10 +124,33 @@ class QuantExperts(_Packed):
             out.index_add_(0, tokens, (y * top_k_weights[tokens, place, None]).to(out.dtype))
         return out
 
+    def _grouped(self, x: Tensor, *routing: Tensor) -> Tensor:
+        """As :meth:`forward`, with one call for all experts of a projection."""
+        up, down = self.groups
+        assert up is not None
+        assert down is not None
+        up_bias, down_bias = self._biases()
+        if not routing:
+            ends = torch.arange(1, self.num_experts + 1, device=x.device) * (x.shape[0] // self.num_experts)
+            return down.apply(self._activate(up.apply(x, ends, up_bias)), ends, down_bias)
+        top_k_index, top_k_weights = routing
+        # What is no expert is a mark of the router for a token that none takes: those rows come last, and are 0.
+        experts = top_k_index.reshape(-1).clamp(max=self.num_experts)
+        sorted_experts, order = experts.sort(stable=True)
+        ends = torch.searchsorted(sorted_experts, torch.arange(self.num_experts, device=x.device), right=True)
+        tokens = order // top_k_index.shape[-1]
+        y = down.apply(self._activate(up.apply(x[tokens], ends, up_bias)), ends, down_bias)
+        y = (y * top_k_weights.reshape(-1)[order, None]).to(x.dtype)
+        return torch.zeros_like(x).index_add_(0, tokens, y)
+
+    def _biases(self) -> tuple[Tensor | None, Tensor | None]:
+        """``[E, N]`` of both projections, where there are any."""
+        name = "gate_up_proj_bias" if self.gated else "up_proj_bias"
+        return getattr(self.original, name, None), getattr(self.original, "down_proj_bias", None)
+
     def _expert(self, e: int, x: Tensor) -> Tensor:
         """``x [M, H]`` through one expert, biases included."""
-        name = "gate_up_proj_bias" if self.gated else "up_proj_bias"
-        up_bias, down_bias = (getattr(self.original, n, None) for n in (name, "down_proj_bias"))
+        up_bias, down_bias = self._biases()
         y = self.up[e].apply(x, None if up_bias is None else up_bias[e])
         return self.down[e].apply(self._activate(y), None if down_bias is None else down_bias[e])
 

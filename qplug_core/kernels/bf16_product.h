@@ -12,7 +12,7 @@
 
 #include "product.h"
 
-enum { MR16 = 6, CHUNK16 = 256, BLOCK16 = MR16 * 43, WIDE = 4, FOLD = 64 };
+enum { MR16 = 6, CHUNK16 = 256, BLOCK16 = MR16 * 86, WIDE = 2, FOLD = 64 };
 
 typedef __m512bh vb;
 INLINE vb both(const uint16_t *x) { int32_t two; memcpy(&two, x, 4); return (vb)_mm512_set1_epi32(two); }
@@ -172,8 +172,23 @@ INLINE void dequantize16(const int type, const Product *p, int fold, long tile0,
     }
 }
 
-/* Segments s0 .. s1, a chunk, of one panel for tokens m0 .. m1, added to c[m1 - m0][PANEL]. */
-INLINE void chunk16(const int type, const Product *p, long tile0, long s0, long s1, long m0, long m1, long rows, float *c) {
+/* Segments s0 .. s1 of one panel, which are multiplied next: brought near in `parts` parts, of which this is number `part`. */
+INLINE void fetch16(const int type, const Product *p, long tile0, long s0, long s1, long part, long parts) {
+    const long words = words_of(type) * TILE, all = round_up(p->n, TILE) / TILE;
+    const int32_t *seg = p->segments + 4 * s0;
+    const long bytes = (p->segments[4 * s1 - 3] - seg[0]) * words * 4, from = bytes / 64 * part / parts, to = bytes / 64 * (part + 1) / parts;
+    for (long t = tile0; t < tile0 + PANEL / TILE && t < all; t++) {
+        const char *codes = (const char *)(codes_of(type, p, t) + seg[0] * words);
+        for (long line = from; line < to; line++) _mm_prefetch(codes + 64 * line, _MM_HINT_T1);
+        if (part) continue;
+        const size_t grid = (size_t)((t * p->groups + seg[2]) * TILE) * width(p->scale_kind);
+        _mm_prefetch((const char *)p->scales + grid, _MM_HINT_T1);
+        if (p->zeros) _mm_prefetch((const char *)p->zeros + grid, _MM_HINT_T1);
+    }
+}
+
+/* Segments s0 .. s1, a chunk, of one panel for tokens m0 .. m1, added to c[m1 - m0][PANEL]; next: the first tile and segments of what follows. */
+INLINE void chunk16(const int type, const Product *p, long tile0, long s0, long s1, long m0, long m1, long rows, float *c, const long next[3]) {
     __m512i weights[CHUNK16 / 2 * 4];
     _Alignas(64) float scale[PANEL] = {0}, zero[PANEL] = {0};
     const int unit = unit_of(type), fold = p->fold;
@@ -194,6 +209,10 @@ INLINE void chunk16(const int type, const Product *p, long tile0, long s0, long 
                 store(zero + t * TILE, zero_of(type, 1, p, grid));
             }
         for (long m = m0; m < m1; m += MR16) {
+            if (a == s0 && next[1] < next[2]) fetch16(type, p, next[0], next[1], next[2], (m - m0) / MR16, (m1 - m0) / MR16);
+            if (b == s1 && s1 == p->count)
+                for (long i = m; i < m + MR16 && i < p->m; i++)
+                    own_lines((char *)p->y + (size_t)(i * p->n + tile0 * TILE) * width(p->y_kind), tiles * TILE * (long)width(p->y_kind));
             float sum[MR16] = {0}, by[MR16];
             if (p->x_groups > 1) for (int i = 0; i < MR16; i++) by[i] = x_scale(p, m + i, seg[3]);
             if (p->sums && !fold)
@@ -226,10 +245,15 @@ INLINE void panels16(const int type, const Product *p, long n0, long n1, long m0
     if (p->count == 0) memset(sums, 0, sizeof sums);
     for (long s0 = 0, s1; s0 < p->count; s0 = s1) {
         s1 = chunk_end(type, p, s0, CHUNK16);
-        for (long n = n0; n < n1; n++) chunk16(type, p, n * (PANEL / TILE), s0, s1, m0, m1, rows, sums[n - n0]);
+        for (long n = n0; n < n1; n++) {
+            const int last = n + 1 == n1;
+            const long end = last && s1 < p->count ? chunk_end(type, p, s1, CHUNK16) : s1;
+            const long next[3] = {(last ? n0 : n + 1) * (PANEL / TILE), last ? s1 : s0, end};
+            chunk16(type, p, n * (PANEL / TILE), s0, s1, m0, m1, rows, sums[n - n0], next);
+        }
     }
-    for (long n = n0; n < n1; n++)
-        for (long m = m0; m < m1 && m < p->m; m++)
+    for (long m = m0; m < m1 && m < p->m; m++)
+        for (long n = n0; n < n1; n++)
             for (long j = n * PANEL; j < (n + 1) * PANEL && j < p->n; j += VL) finish(p, m, j, load(sums[n - n0] + (m - m0) * PANEL + j - n * PANEL));
 }
 

@@ -13,6 +13,7 @@ import ctypes
 import functools
 import hashlib
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -24,7 +25,7 @@ from ..support import Refusal
 
 FOLDER = Path(__file__).parent
 FLAGS = ("-std=gnu11", "-O3", "-fPIC", "-fvisibility=hidden", "-fopenmp")
-_AVX2 = ("-mavx2", "-mfma", "-mf16c")
+_AVX2 = ("-mavx2", "-mfma", "-mf16c", "-mbmi2")
 _AVX512 = (*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512")
 SETS: dict[str, tuple[str, ...]] = {
     "avx512_bf16": (*_AVX512, "-mavx512vnni", "-mavx512bf16", "-mavx512vbmi"),
@@ -37,6 +38,7 @@ SETS: dict[str, tuple[str, ...]] = {
 
 VARIABLE = "QPLUG_CPU_SET"
 """The environment variable that names an instruction set to be taken in place of better ones."""
+_INCLUDE = re.compile(rb'^#include "(.+)"', re.MULTILINE)
 
 
 def instruction_set(device: Device) -> str | None:
@@ -64,10 +66,10 @@ def build(name: str, chosen: str) -> Path | Refusal:
     prebuilt = FOLDER / f"{name}-{chosen}-{digest}.so"
     if prebuilt.exists():
         return prebuilt
-    compiler = _compiler()
-    if isinstance(compiler, Refusal):
-        return compiler
-    command, version = compiler
+    found = compiler()
+    if isinstance(found, Refusal):
+        return found
+    command, version = found
     flags = (*FLAGS, *SETS[chosen])
     key = hashlib.sha256("\0".join([digest, version, *command, *flags]).encode()).hexdigest()[:16]
     folder = _cache_folder()
@@ -76,10 +78,13 @@ def build(name: str, chosen: str) -> Path | Refusal:
 
 
 def source_digest(name: str) -> str:
-    """Hash of a source and of the headers beside it, part of the name of a prebuilt object."""
+    """Hash of a source and of all that it includes from beside it, part of the name of a prebuilt object."""
     digest = hashlib.sha256()
-    for path in [FOLDER / f"{name}.c", *sorted(FOLDER.glob("*.h"))]:
-        digest.update(path.read_bytes())
+    found = [f"{name}.c"]
+    for file in found:
+        content = (FOLDER / file).read_bytes()
+        digest.update(content)
+        found += [new for line in _INCLUDE.findall(content) if (new := line.decode()) not in found]
     return digest.hexdigest()[:16]
 
 
@@ -103,7 +108,7 @@ def compile_to(target: Path, name: str, command: list[str]) -> Path | Refusal:
     return target
 
 
-def _compiler() -> tuple[list[str], str] | Refusal:
+def compiler() -> tuple[list[str], str] | Refusal:
     """The compiler of the environment (``CC``, or ``cc``) as a command, and the first line of its version."""
     command = shlex.split(os.environ.get("CC", "cc"))
     if not command or not shutil.which(command[0]):
@@ -141,11 +146,17 @@ def _open(path: Path) -> ctypes.CDLL | Refusal:
         )
 
 
+@functools.cache
+def _this_cpu() -> Device:
+    """Facts of a CPU are read from a file, and kernels are asked about every layer."""
+    return Device.cpu()
+
+
 def refusals(name: str, device: Device) -> list[Refusal]:
     """Why the kernels of ``<name>.c`` do not run on ``device``. A CPU that is not this one is judged by its facts alone."""
     if device.vendor != "cpu" or instruction_set(device) is None:
         return [Refusal("device", str(device), "a CPU with AVX2", "choose another device")]
-    if device != Device.cpu():
+    if device != _this_cpu():
         return []
     found = load(name)
     return [found] if isinstance(found, Refusal) else []

@@ -33,6 +33,8 @@ POWER_RULES = {"floor": 0, "": 1, "ct": 1, "even": 1, "up": 3, "ceil": 4}
 class CpuEmulated(CpuWeightOnly):
     """Weights as in :class:`CpuWeightOnly`, with activations by token, group or tensor, dynamic or static, zero points, E8M0 and NVFP4 scales."""
 
+    grouped = False
+
     def supports(self, problem: Problem, device: Device) -> list[Refusal]:
         """Refuses what the weight-only kernel refuses, activations that are not quantized, outliers and rules that it does not know."""
         refusals = [*self.common_refusals(problem, device), *builder.refusals("quantize", device)]

@@ -29,6 +29,8 @@ LARGEST_K = 65536
 class CpuInt8(Kernel):
     """W8A8: weights by channel or tensor, symmetric; activations by token (dynamic) or tensor (static), with zero points or without."""
 
+    grouped = True
+
     def supports(self, problem: Problem, device: Device) -> list[Refusal]:
         """Refuses whatever else, columns beyond :data:`LARGEST_K`, and machines without AVX2 or compiler."""
         refusals = builder.refusals("int8", device)
@@ -98,6 +100,12 @@ class CpuInt8(Kernel):
             meta["half"],
         )
         return y
+
+    def apply_experts(self, x: Tensor, packed: PackedWeight, ends: Tensor, bias: Tensor | None = None) -> Tensor:
+        """See :meth:`qplug_core.kernel.Kernel.apply_experts`."""
+        from .cpu_experts import w8a8_product
+
+        return w8a8_product(x, packed, ends, bias)
 
 
 def is_half(act: TensorQuant) -> bool:

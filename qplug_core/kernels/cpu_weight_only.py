@@ -18,8 +18,8 @@ from ..device import Device
 from ..kernel import Kernel, PackedWeight, Problem
 from ..support import Refusal
 from ..weight import OpaqueWeight, QuantWeight
-from . import builder
-from .torch_c import KINDS, address, bias_kind, operation
+from . import builder, cpu_packing
+from .torch_c import KINDS, address, bias_kind, operation, plain
 
 TILE = 16
 SEGMENT = 128
@@ -43,6 +43,7 @@ class CpuWeightOnly(Kernel):
     value, float zero points, E8M0 and two-level scales, ``pre_scale`` and ``act_shift`` are taken.
     """
 
+    grouped = True
     bits: tuple[int, ...] = ()
     numbers: tuple[str, ...] = ()
 
@@ -80,6 +81,12 @@ class CpuWeightOnly(Kernel):
         """``x [*, K]`` float32, bfloat16 or float16 to ``[*, N]``; ``bias [N]`` of any of these."""
         return multiply(prepared(x, packed), packed, None, bias, None)
 
+    def apply_experts(self, x: Tensor, packed: PackedWeight, ends: Tensor, bias: Tensor | None = None) -> Tensor:
+        """See :meth:`qplug_core.kernel.Kernel.apply_experts`."""
+        from .cpu_experts import weight_only_product
+
+        return weight_only_product(x, packed, ends, bias)
+
 
 def prepared(x: Tensor, packed: PackedWeight) -> Tensor:
     """x after ``act_shift`` and ``pre_scale``, where the weight has them."""
@@ -96,7 +103,8 @@ def multiply(
 ) -> Tensor:
     """The operation on a packed weight. ``x_scales`` float32 ``[M, GX]`` where x holds codes; ``dtype`` of the result, None as x."""
     t = packed.tensors
-    y: Tensor = weight_only(
+    call = _run if plain(x) else weight_only
+    y: Tensor = call(
         x, t["codes"], t.get("table"), t["scales"], t.get("zeros"), t.get("row_scales"), t["segments"], t.get("order"), x_scales,
         bias, packed.n, packed.meta["type"], packed.meta["bytes"], dtype,
     )  # fmt: skip
@@ -121,20 +129,15 @@ def pack(weight: QuantWeight, name: str, x_block: int = 0) -> PackedWeight:
     weight = weight.regroup(1, weight.block[1])
     columns = _columns(weight, UNITS[kind], x_block)
     rows = -weight.n % TILE
-    # Signed codes become unsigned, where this wraps round in uint8; zero points are moved with them.
+    # Signed codes become unsigned, which turns their highest bit over; zero points are moved with them. Whole bytes stay signed.
     low = 0 if kind >= LUT4 or weight.codes.dtype == torch.uint8 else {INT2: 2, INT3: 4, INT4: 8, INT8: 128}[kind]
-    source = weight.codes.view(torch.uint8) + low
+    codes, missing = _pack_codes(weight, kind, columns, low ^ 128 if kind == INT8 else low)
     row_scales = _row_scales(weight)
     if kind >= E4M3:
         # NaN times anything is NaN, so a NaN among the codes of a row is one NaN as its scale.
-        missing = weight.codes.float().isnan()
-        source = source.masked_fill(missing, 0)
-        row_scales = (torch.ones(weight.n) if row_scales is None else row_scales).masked_fill(missing.any(1), float("nan"))
-    codes = torch.zeros(weight.n + rows, len(columns.order), dtype=torch.uint8)
-    kept = columns.order >= 0
-    codes[: weight.n, kept] = source[:, columns.order[kept].long()]
+        row_scales = (torch.ones(weight.n) if row_scales is None else row_scales).masked_fill(missing, float("nan"))
     scales, row_scales, scale_bytes = _scales(weight, row_scales)
-    tensors = {"codes": _pack_codes(codes, kind), "scales": _tiles(scales, rows), "segments": columns.segments}
+    tensors = {"codes": codes, "scales": _tiles(scales, rows), "segments": columns.segments}
     if weight.zeros is not None:
         tensors["zeros"] = _tiles((weight.zeros.float() + low).to(scales.dtype), rows)
     if kind == LUT4:
@@ -198,32 +201,12 @@ def _columns(weight: QuantWeight, unit: int, x_block: int) -> _Columns:
     return _Columns(joined, torch.tensor(segments, dtype=torch.int32).reshape(-1, 4), identity)
 
 
-def _pack_codes(codes: Tensor, kind: int) -> Tensor:
-    """Codes ``[N, KP]`` uint8, N and KP whole, as int32 ``[N/16, KP/unit, words, 16]``; 8 bits as bytes ``[N/16, KP, 16]``."""
-    n, kp = codes.shape
-    unit = UNITS[kind]
-    if unit == 4:
-        codes = (codes ^ 128).view(torch.int8) if kind == INT8 else codes
-        return codes.view(n // TILE, TILE, kp).transpose(1, 2).contiguous()
-    units = codes.view(n // TILE, TILE, kp // unit, unit).permute(0, 2, 3, 1)
-    if kind != INT3:
-        return _word(units, 32 // unit)[:, :, None].contiguous()
-    words = []
-    for i in range(3):
-        # Five codes in each half; the bits that are left over make codes 30 and 31.
-        low, high = (_word(units[:, :, 10 * i + start : 10 * i + start + 5], 3) for start in (0, 5))
-        low |= (units[:, :, 30].int() >> i & 1) << 15
-        high |= (units[:, :, 31].int() >> i & 1) << 15
-        words.append(low | high << 16)
-    return torch.stack(words, dim=2)
-
-
-def _word(fields: Tensor, bits: int) -> Tensor:
-    """Fields ``[tiles, units, count, 16]`` as int32 words ``[tiles, units, 16]``, the first in the lowest bits."""
-    word = torch.zeros_like(fields[:, :, 0], dtype=torch.int32)
-    for i in range(fields.shape[2]):
-        word |= fields[:, :, i].int() << (bits * i)
-    return word
+def _pack_codes(weight: QuantWeight, kind: int, columns: _Columns, flip: int) -> tuple[Tensor, Tensor]:
+    """Codes as int32 ``[N/16, KP/unit, words, 16]``, 8 bits as bytes ``[N/16, KP, 16]``, and the rows with a NaN; ``flip``: bits turned over."""
+    unit, tiles, kp = UNITS[kind], -(-weight.n // TILE), len(columns.order)
+    shape = (tiles, kp, TILE) if unit == 4 else (tiles, kp // unit, 3 if kind == INT3 else 1, TILE)
+    codes, missing = cpu_packing.pack(weight.codes, None if columns.identity else columns.order, shape, kp, kind, flip)
+    return codes.view(torch.int8) if kind == INT8 else codes, missing
 
 
 def _tiles(grid: Tensor, rows: int) -> Tensor:

@@ -10,11 +10,11 @@
  */
 #include "vec.h"
 
-enum { PANEL = 64, BLOCK = 16 * 12 };
+enum { PANEL = 64, MR = 6, BLOCK = MR * 86, CHUNK = 512, AHEAD = 8192, SMALL = 16 };
 #if defined(__AVX512F__)
-enum { MR = 12 };
+enum { FEW = 8, PAIR = 2, AT_ONCE = 4 }; /* tokens and tiles of a product with few tokens, tiles of one with many: what registers hold */
 #else
-enum { MR = 6 };
+enum { FEW = 4, PAIR = 1, AT_ONCE = 1 };
 #endif
 
 #if defined(__AVX512VNNI__)
@@ -51,8 +51,8 @@ typedef struct {
 } Product;
 
 /* sum[m][h] = dot products of MT tokens with H vectors of rows, in NA partial sums; vectors past the first tile are in the next. */
-INLINE void multiply(const int MT, const int H, const int NA, const code *x, const int8_t *w, long kp, int ahead, vi sum[MR][2]) {
-    vi acc[MR][2][8];
+INLINE void multiply(const int MT, const int H, const int NA, const code *x, const int8_t *w, long kp, int ahead, vi sum[FEW][2]) {
+    vi acc[FEW][2][8];
     UNROLL for (int m = 0; m < MT; m++) UNROLL for (int h = 0; h < H; h++) UNROLL for (int a = 0; a < NA; a++) acc[m][h][a] = splat_i(0);
 #define STEP(a) { \
         vi v[2]; \
@@ -90,28 +90,93 @@ INLINE void finish(const Product *p, long m, long n, vi sum) {
 }
 
 /* MT tokens from m0 with H vectors of rows from `tile`. */
-#define TOKENS(name, MT, H, NA, ahead) \
+#define TOKENS(name, MT, H, NA) \
     static __attribute__((noinline)) void name(const Product *p, long tile, long m0) { \
-        vi sum[MR][2]; \
-        multiply(MT, H, NA, p->x + m0 * p->kp, p->codes + tile * TILE * p->kp, p->kp, ahead, sum); \
+        vi sum[FEW][2]; \
+        multiply(MT, H, NA, p->x + m0 * p->kp, p->codes + tile * TILE * p->kp, p->kp, AHEAD, sum); \
         for (int m = 0; m < MT && m0 + m < p->m; m++) \
             for (int h = 0; h < H; h++) finish(p, m0 + m, tile * TILE + h * VL, sum[m][h]); \
     }
-TOKENS(one, 1, NV, 8 / NV, 8192)
-TOKENS(two, 2, NV, 4 / NV, 8192)
-TOKENS(four, 4, NV, 2 / NV, 8192)
-TOKENS(block, MR, 2, 1, 0)
-TOKENS(block_last, MR, NV, 1, 0) /* of an odd count of tiles */
+TOKENS(one, 1, NV, 8 / NV)
+TOKENS(two, 2, NV, 4 / NV)
+TOKENS(four, 4, NV, 2 / NV)
+TOKENS(few, FEW, PAIR * NV, 1)
+TOKENS(few_last, FEW, NV, 1) /* of an odd count of tiles */
+
+/* c[MR][PANEL] (+)= dot products of MR tokens with T tiles, which are `apart` bytes from each other, over `steps` times DEPTH columns. */
+INLINE void multiply_many(const int T, const code *x, const int8_t *w, long apart, int32_t *c, long steps, int first) {
+    vi acc[MR][AT_ONCE * NV];
+    UNROLL for (int m = 0; m < MR; m++) UNROLL for (int h = 0; h < T * NV; h++) acc[m][h] = splat_i(0);
+    for (long k = 0; k < steps; k++, w += TILE * DEPTH, x += MR * DEPTH) {
+        vi v[AT_ONCE * NV];
+        UNROLL for (int h = 0; h < T * NV; h++) v[h] = weights_at(w + h / NV * apart + h % NV * VL * DEPTH);
+        UNROLL for (int m = 0; m < MR; m++) {
+            const vi xk = codes_at(x + m * DEPTH);
+            UNROLL for (int h = 0; h < T * NV; h++) acc[m][h] = dot(acc[m][h], v[h], xk);
+        }
+    }
+    UNROLL for (int m = 0; m < MR; m++, c += PANEL)
+        UNROLL for (int h = 0; h < T * NV; h++) {
+            const vi sum = first ? acc[m][h] : load_i(c + h * VL) + acc[m][h];
+            memcpy(c + h * VL, &sum, sizeof sum);
+        }
+}
+#define MANY(name, T) \
+    static __attribute__((noinline)) void name(const code *x, const int8_t *w, long apart, int32_t *c, long steps, int first) { \
+        multiply_many(T, x, w, apart, c, steps, first); \
+    }
+MANY(many, AT_ONCE)
+MANY(many_last, 1)
+
+/* The part from `part` to `end` of `parts` of columns k0 .. k1 of a panel, which are multiplied next, is brought near. */
+INLINE void fetch(const Product *p, long t0, long t1, long k0, long k1, long part, long end, long parts) {
+    const long lines = (k1 - k0) * TILE / 64;
+    for (long t = t0; t < t1; t++) {
+        const int8_t *w = p->codes + t * TILE * p->kp + k0 * TILE;
+        for (long i = lines * part / parts; i < lines * end / parts; i++) _mm_prefetch((const char *)w + 64 * i, _MM_HINT_T1);
+    }
+}
+
+/* Tokens m0 .. m1, in whole blocks of MR, times the rows of tiles t0 .. t1, a panel. */
+static void panel(const Product *p, long t0, long t1, long m0, long m1) {
+    _Alignas(64) int32_t sums[BLOCK * PANEL];
+    const long apart = TILE * p->kp;
+    if (!p->kp) memset(sums, 0, sizeof sums);
+    for (long k0 = 0, k1; k0 < p->kp; k0 = k1) {
+        k1 = k0 + CHUNK < p->kp ? k0 + CHUNK : p->kp;
+        const long k2 = k1 + CHUNK < p->kp ? k1 + CHUNK : p->kp, steps = (k1 - k0) / DEPTH;
+        for (long m = m0; m < m1; m += MR) {
+            const code *x = p->x + m * p->kp + k0 * MR;
+            fetch(p, t0, t1, k1, k2, m - m0, m + MR - m0, m1 - m0);
+            if (k1 == p->kp)
+                for (long i = m; i < m + MR && i < p->m; i++)
+                    own_lines((char *)p->y + (size_t)(i * p->n + t0 * TILE) * width(p->kind), (t1 - t0) * TILE * (long)width(p->kind));
+            long t = t0;
+            for (; t + AT_ONCE <= t1; t += AT_ONCE)
+                many(x, p->codes + t * apart + k0 * TILE, apart, sums + (m - m0) * PANEL + (t - t0) * TILE, steps, !k0);
+            for (; t < t1; t++) many_last(x, p->codes + t * apart + k0 * TILE, apart, sums + (m - m0) * PANEL + (t - t0) * TILE, steps, !k0);
+        }
+    }
+    for (long m = m0; m < m1 && m < p->m; m++)
+        for (long j = 0; j < (t1 - t0) * TILE; j += VL) finish(p, m, t0 * TILE + j, load_i(sums + (m - m0) * PANEL + j));
+}
 
 /* Codes as the dot product takes them, in blocks of R rows; rows past M are there for whole blocks, and are no result. */
 static void widen(const int8_t *q, long row, const Product *p, int R, long k, code *to) {
     to += row / R * R * p->kp + row % R * DEPTH;
     if (row < p->m) {
         q += row * k;
+        long i = 0;
         if (R == 1)
-            for (long i = 0; i < k; i++) to[i] = (code)(q[i] + OFFSET);
-        else
-            for (long i = 0; i < k; i++) to[i / DEPTH * R * DEPTH + i % DEPTH] = (code)(q[i] + OFFSET);
+            for (; i < k; i++) to[i] = (code)(q[i] + OFFSET);
+        else if (DEPTH == 4)
+            for (; i + 4 <= k; i += 4) {
+                uint32_t four;
+                memcpy(&four, q + i, 4);
+                four ^= 0x80808080; /* adds 128 to each */
+                memcpy(to + i * R, &four, 4);
+            }
+        for (; i < k; i++) to[i / DEPTH * R * DEPTH + i % DEPTH] = (code)(q[i] + OFFSET);
     }
     for (long i = row < p->m ? k : 0; i < p->kp; i++) to[i / DEPTH * R * DEPTH + i % DEPTH] = 0; /* weights are 0 past K */
 }
@@ -122,18 +187,21 @@ EXPORT int qplug_int8_depth(void) { return DEPTH; }
 EXPORT int qplug_int8_product(void *y, const int8_t *q, const float *x_scales, const int32_t *x_zeros, const int8_t *codes,
                               const float *scales, const int32_t *sums, const void *bias, long m, long n, long k,
                               int kind, int bias_kind, int threads) {
-    const long kp = round_up(k, DEPTH), tiles = round_up(n, TILE) / TILE, R = m <= 1 ? 1 : m <= 2 ? 2 : m <= 4 ? 4 : MR, rows = round_up(m, R);
+    const long kp = round_up(k, DEPTH), tiles = round_up(n, TILE) / TILE;
+    const long R = m <= 1 ? 1 : m <= 2 ? 2 : m <= 4 ? 4 : m <= SMALL ? FEW : MR, rows = round_up(m, R);
     code *x = scratch((size_t)(rows * kp) * sizeof(code));
     if (!x) return 1;
     Product p = {x, x_scales, x_zeros, codes, scales, sums, bias, y, m, n, kp, kind, bias_kind};
     if (n * kp < 1 << 16) threads = 1; /* waking threads costs more */
-    if (m <= 4) {
+    if (m <= SMALL) {
         for (long i = 0; i < rows; i++) widen(q, i, &p, (int)R, k, x);
-        const long share = tiles / (threads * 8) + 1;
+        const long at_once = R > 4 ? PAIR : 1, tasks = (tiles + at_once - 1) / at_once, share = tasks / (threads * 8) + 1;
 #pragma omp parallel for schedule(dynamic, share) num_threads(threads)
-        for (long t = 0; t < tiles; t++) (m == 1 ? one : m == 2 ? two : four)(&p, t, 0);
+        for (long t = 0; t < tasks; t++)
+            for (long j = 0; j < rows; j += R)
+                (R == 1 ? one : R == 2 ? two : R == 4 ? four : at_once * (t + 1) <= tiles ? few : few_last)(&p, at_once * t, j);
     } else {
-        const long blocks = (rows + BLOCK - 1) / BLOCK, panels = (n + PANEL - 1) / PANEL;
+        const long blocks = (rows + BLOCK - 1) / BLOCK, each = round_up((rows + blocks - 1) / blocks, MR), panels = (n + PANEL - 1) / PANEL;
 #pragma omp parallel num_threads(threads)
         {
 #pragma omp for schedule(static)
@@ -141,12 +209,8 @@ EXPORT int qplug_int8_product(void *y, const int8_t *q, const float *x_scales, c
 #pragma omp for schedule(dynamic, 1)
             for (long i = 0; i < panels * blocks; i++) {
                 const long t0 = i % panels * (PANEL / TILE), t1 = t0 + PANEL / TILE < tiles ? t0 + PANEL / TILE : tiles;
-                const long m0 = i / panels * BLOCK, m1 = m0 + BLOCK < rows ? m0 + BLOCK : rows;
-                for (long j = m0; j < m1; j += MR) {
-                    long t = t0;
-                    for (; t + 2 / NV <= t1; t += 2 / NV) block(&p, t, j);
-                    if (t < t1) block_last(&p, t, j);
-                }
+                const long m0 = i / panels * each, m1 = m0 + each < rows ? m0 + each : rows;
+                panel(&p, t0, t1, m0, m1);
             }
         }
     }
@@ -237,3 +301,5 @@ EXPORT int qplug_w8a8(void *y, const void *x, const float *scale, const int32_t 
     free(x_zeros);
     return failed;
 }
+
+#include "int8_experts.h"

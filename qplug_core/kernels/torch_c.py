@@ -28,6 +28,18 @@ def operation(schema: str, run: Callable[..., Any], fake: Callable[..., Any]) ->
     return getattr(namespace, name).default
 
 
+def plain(x: Tensor) -> bool:
+    """Whether an operation on ``x`` may be called without the dispatcher, which takes longer than a call from Python into C: no compiler,
+    mode, subclass or gradient needs to see it."""
+    return (
+        type(x) is Tensor
+        and x.is_cpu
+        and not x.requires_grad
+        and not torch.compiler.is_compiling()
+        and not torch._C._len_torch_dispatch_stack()
+    )
+
+
 def address(tensor: Tensor | None) -> int | None:
     """Pointer to the data, None for none."""
     return None if tensor is None else tensor.data_ptr()

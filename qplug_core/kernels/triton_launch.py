@@ -17,6 +17,10 @@ from ..support import Refusal
 
 DTYPES = {"float16": "*fp16", "bfloat16": "*bf16"}
 """Activation dtypes by the name that Triton's signatures have for pointers to them."""
+POINTERS = {
+    torch.uint8: "*u8", torch.int8: "*i8", torch.int32: "*i32", torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16",
+}  # fmt: skip
+"""Triton's name of pointers to tensors of a dtype."""
 INTERPRETED = "interpreter"
 """The architecture of tensors on the CPU, where ``TRITON_INTERPRET=1`` runs kernels in Python."""
 

@@ -33,13 +33,13 @@ class Columns(NamedTuple):
     order: Tensor | None
 
 
-def columns_of(weight: QuantWeight, bits: int) -> Columns:
-    """The layout of the columns of a weight: groups that fit no part, and act order, become an order with padding."""
+def columns_of(weight: QuantWeight, bits: int, narrowest: int = NARROWEST) -> Columns:
+    """The layout of the columns of a weight: groups that fit no part of ``narrowest`` columns, and act order, become an order with padding."""
     groups, size = weight.scales.shape[-1], weight.block[1]
     if groups == 1:
         return Columns(0, WIDEST[bits], None)
     order = None
-    if weight.group_index is not None or size % NARROWEST:
+    if weight.group_index is not None or size % narrowest:
         index = (
             torch.arange(weight.k, device=weight.codes.device) // size
             if weight.group_index is None

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from .triton_launch import CompileCase
+from .triton_experts_cases import grouped
+from .triton_launch import DTYPES, CompileCase
 from .triton_scaled import FAMILY
 from .triton_tables import tiles
 
@@ -15,7 +16,6 @@ VARIANTS = {
     "fp8_e4m3": (("Wfp8Afp8_b128x128", "bfloat16", 128), ("Wfp8Afp8", "bfloat16", 0), ("Wfp8Afp8_b64x32", "float16", 32)),
 }
 """Scheme, activation dtype and group of scales along K; the first stands for the type in the CI subset."""
-_TYPES = {"bfloat16": "*bf16", "float16": "*fp16"}
 _NAMES = ("x_scales", "x_zeros", "w_scales", "sums")
 
 
@@ -25,7 +25,8 @@ def cases(number: str, arch: str, subset: str) -> list[CompileCase]:
     kind = "int8" if number == "int8" else "fnuz" if arch == "gfx942" else "fp8"
     found: dict[str, CompileCase] = {}
     for text, dtype, group in VARIANTS[number][: 1 if subset == "ci" else None]:
-        for case in [*_products(text, dtype, group, codes, arch), *_quantizers(text, dtype, group, codes, kind)]:
+        products = list(_products(text, dtype, group, codes, arch))
+        for case in [*products, *grouped(products, DTYPES[dtype], subset), *quantizers(text, dtype, group, codes, kind)]:
             found.setdefault(case.name, case)
     return list(found.values())
 
@@ -46,21 +47,22 @@ def _products(text: str, dtype: str, group: int, codes: str, arch: str) -> Itera
             "ACC": tl.int32 if integers else tl.float32, "GROUP": group, "ROWS": int(text.partition("_b")[2].partition("x")[0]) if group else 1,
             "SPLIT": split, **sizes, **absent,
         }  # fmt: skip
-        pointers = {"y": "*fp32" if split else _TYPES[dtype], "x": codes, "w": codes, "bias": _TYPES[dtype], **types}
+        pointers = {"y": "*fp32" if split else DTYPES[dtype], "x": codes, "w": codes, "bias": DTYPES[dtype], **types}
         shape = "x".join(str(value) for value in sizes.values())
         yield CompileCase(
             f"scaled {text} {dtype} {shape}{' split' if split else ''}", f"{MODULE}:scaled_gemm", pointers, constants,
-            dict(tile.options), "i8" if integers else "fp8", unaligned=("m", "splits"),
+            dict(tile.options), "i8" if integers else "fp8", unaligned=("m", "splits", "scale_stride"),
         )  # fmt: skip
 
 
-def _quantizers(text: str, dtype: str, group: int, codes: str, kind: str) -> Iterator[CompileCase]:
+def quantizers(text: str, dtype: str, group: int, codes: str, kind: str) -> Iterator[CompileCase]:
+    """Of activations of the scheme ``text``, given as ``dtype``: with computed and with stored scales."""
     symmetric = not text.endswith("asym")
     for static in (False, True):
         stored = {"scale": "*fp32", "zero": "*fp32"} if static else {}
         if symmetric:
             stored.pop("zero", None)
-        types = {"codes": codes, "scales": "*fp32", "zeros": "*fp32", "x": _TYPES[dtype], **stored}
+        types = {"codes": codes, "scales": "*fp32", "zeros": "*fp32", "x": DTYPES[dtype], **stored}
         absent: dict[str, Any] = {name: None for name in ("scale", "zero") if name not in stored}
         if symmetric:
             types.pop("zeros")
@@ -71,5 +73,5 @@ def _quantizers(text: str, dtype: str, group: int, codes: str, kind: str) -> Ite
         }  # fmt: skip
         yield CompileCase(
             f"quantize {text} {dtype}{' static' if static else ''}", f"{MODULE}:quantize_rows", types, constants, {"num_warps": 4},
-            unaligned=("m", "k"),
+            unaligned=("m", "k", "stored_stride"),
         )  # fmt: skip

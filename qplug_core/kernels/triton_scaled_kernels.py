@@ -10,15 +10,16 @@ import triton.language as tl
 from .triton_parts import round_even
 
 
-@triton.jit(do_not_specialize=["m"])
+@triton.jit(do_not_specialize=["m", "stored_stride"])
 def quantize_rows(
-    codes, scales, zeros, x, scale, zero, m, k, width, x_stride, code_stride,
+    codes, scales, zeros, x, scale, zero, m, k, width, x_stride, code_stride, stored_stride,
     KIND: tl.constexpr, SYMMETRIC: tl.constexpr, DIVISOR: tl.constexpr, LOWEST: tl.constexpr, BOUND: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Program (i, g): codes and scale of the columns ``g * width`` and on of token i, in float32.
 
-    ``codes [m, code_stride]``: zero beyond the columns of x. ``scales [groups, m]``, ``zeros [m]`` float32. ``scale [1]``, ``zero [1]``: the
-    stored ones, or None. ``KIND``: int8, fp8, or fnuz, whose codes are of half the value with twice the scale, which is the same number.
+    ``codes [m, code_stride]``: zero beyond the columns of x. ``scales [groups, m]``, ``zeros [m]`` float32. ``scale``, ``zero``: the stored
+    ones, or None; ``stored_stride`` apart from token to token, 0 for one of all. ``KIND``: int8, fp8, or fnuz, whose codes are of half
+    the value with twice the scale, which is the same number.
     DIVISOR: of amax; LOWEST: the lowest integer code; BOUND: amax is at most this, 0 for none.
     """
     token = tl.program_id(0).to(tl.int64)
@@ -40,9 +41,9 @@ def quantize_rows(
     bottom = tl.min(low, 0)
     z = 0.0
     if scale is not None:
-        s = tl.load(scale)
+        s = tl.load(scale + token * stored_stride)
         if zero is not None:
-            z = tl.load(zero)
+            z = tl.load(zero + token * stored_stride)
     elif SYMMETRIC:
         amax = tl.maximum(top, -bottom)
         if BOUND > 0:
@@ -74,15 +75,16 @@ def quantize_rows(
         tl.store(zeros + token, z)
 
 
-@triton.jit(do_not_specialize=["m", "splits"])
+@triton.jit(do_not_specialize=["m", "splits", "scale_stride"])
 def scaled_gemm(
-    y, x, x_scales, x_zeros, w, w_scales, sums, bias, m, n, k, splits,
+    y, x, x_scales, x_zeros, w, w_scales, sums, bias, m, n, k, splits, scale_stride,
     ACC: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, SPLIT: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """``y [m, n]``, or with SPLIT float32 partial sums ``[splits, m, n]``, of 8-bit codes ``x [m, k]`` and ``w [n, k]``, k a multiple of BK.
 
     Computed transposed, for few tokens. GROUP 0: ``x_scales [m]`` and ``w_scales [n]`` multiply at the end, and the zero points of
-    tokens meet the sums of codes of rows; otherwise ``x_scales [groups, m]`` and ``w_scales [groups, n / ROWS]`` multiply each partial sum.
+    tokens meet the sums of codes of rows; otherwise ``x_scales [groups, scale_stride]`` and ``w_scales [groups, n / ROWS]`` multiply each
+    partial sum.
     """
     rn = tl.program_id(0) * BN + tl.arange(0, BN)
     rm = tl.program_id(1) * BM + tl.arange(0, BM)
@@ -104,7 +106,7 @@ def scaled_gemm(
             group = at // GROUP
             part = tl.dot(wt, xt, out_dtype=ACC).to(tl.float32)
             ws = tl.load(w_scales + group * ns + rn // ROWS, mask=rn < n, other=0.0)
-            xs = tl.load(x_scales + group.to(tl.int64) * m + rm, mask=rm < m, other=0.0)
+            xs = tl.load(x_scales + group.to(tl.int64) * scale_stride + rm, mask=rm < m, other=0.0)
             acc += part * ws[:, None] * xs[None, :]
     total = acc.to(tl.float32)
     if GROUP == 0:

@@ -15,8 +15,9 @@ from ..kernel import Kernel, PackedWeight, Problem
 from ..scheme import NUMBER_TYPES
 from ..support import Refusal
 from ..weight import E2M1, OpaqueWeight, QuantWeight
+from . import triton_experts
 from .triton_launch import INTERPRETED, CompileCase, operation, refusals, rows_of, target_of
-from .triton_pack import PARTS, by_group, columns_of, pack_codes
+from .triton_pack import NARROWEST, PARTS, by_group, columns_of, pack_codes
 from .triton_tables import Tile, splits_of, tile_for
 
 FAMILY = "weight_only"
@@ -34,6 +35,7 @@ class TritonWeightOnly(Kernel):
     """
 
     numbers: tuple[str, ...]
+    grouped = True
     drops_act: bool = False
 
     def supports(self, problem: Problem, device: Device) -> list[Refusal]:
@@ -77,9 +79,13 @@ class TritonWeightOnly(Kernel):
         )  # fmt: skip
         return y
 
+    def apply_experts(self, x: Tensor, packed: PackedWeight, ends: Tensor, bias: Tensor | None = None) -> Tensor:
+        """See :meth:`qplug_core.kernel.Kernel.apply_experts`."""
+        return triton_experts.weight_only_product(x, packed, ends, bias)
 
-def pack(weight: QuantWeight, name: str) -> PackedWeight:
-    """A plain weight ``[N, K]`` in the layout of ``triton_pack.py``.
+
+def pack(weight: QuantWeight, name: str, narrowest: int = NARROWEST) -> PackedWeight:
+    """A plain weight ``[N, K]`` in the layout of ``triton_pack.py``, parts of at least ``narrowest`` columns.
 
     ``codes`` uint8 ``[N, bytes]``; ``scales`` ``[G, N/bn]`` as stored (none where a row has one scale); ``zeros`` ``[G, N/bn]``, float16 where exact;
     ``row`` float32 ``[N]``, what multiplies a whole row: its only scale, or the global scale; ``table`` float32 ``[16]``; ``order`` int32.
@@ -95,7 +101,7 @@ def pack(weight: QuantWeight, name: str) -> PackedWeight:
         # In uint8 this wraps round, from two's complement to unsigned.
         low = 1 << (bits - 1)
         codes = codes + low
-    columns = columns_of(weight, bits)
+    columns = columns_of(weight, bits, narrowest)
     packed_codes, order = pack_codes(codes, bits, columns)
     length = packed_codes.shape[1] * 8 // bits
     tensors = {"codes": packed_codes}

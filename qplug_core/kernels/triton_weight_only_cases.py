@@ -9,7 +9,8 @@ import torch
 
 from ..scheme import QuantScheme
 from ..testing.weights import random_weight
-from .triton_launch import DTYPES, CompileCase
+from .triton_experts_cases import grouped
+from .triton_launch import DTYPES, POINTERS, CompileCase
 from .triton_tables import tiles
 from .triton_weight_only import FAMILY, pack
 
@@ -28,9 +29,6 @@ VARIANTS: dict[str, tuple[tuple[str, str], ...]] = {
 }
 """Schemes and activation dtypes by number type; the first stands for the type in the CI subset. The codebooks share their binaries.
 The end of the kernel, partial sums or results, alternates from tile to tile."""
-_POINTERS = {
-    torch.uint8: "*u8", torch.int32: "*i32", torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"
-}  # fmt: skip
 _TENSORS = ("codes", "scales", "zeros", "row", "table", "order")
 
 
@@ -38,7 +36,10 @@ def cases(numbers: tuple[str, ...], arch: str, subset: str) -> list[CompileCase]
     """Compile cases of the number types of one kernel."""
     found: dict[str, CompileCase] = {}
     for number in numbers:
-        for case in _cases(number, arch, VARIANTS[number][: 1 if subset == "ci" else None], subset):
+        variants = VARIANTS[number][: 1 if subset == "ci" else None]
+        made = list(_cases(number, arch, variants, subset))
+        first = [case for case in made if variants[0][0] in case.name] if subset == "all" or number == "int4" else []
+        for case in [*made, *grouped(first, DTYPES[variants[0][1]], subset)]:
             found.setdefault(case.name, case)
     return list(found.values())
 
@@ -50,14 +51,17 @@ def _cases(number: str, arch: str, variants: tuple[tuple[str, str], ...], subset
         weight = random_weight(scheme, 256, 512, torch.Generator().manual_seed(0), scale_dtype=getattr(torch, dtype))
         packed = pack(weight, "")
         meta = packed.meta
-        types = {name: _POINTERS[t.dtype] for name in _TENSORS if (t := packed.tensors.get(name)) is not None}
+        types = {name: POINTERS[t.dtype] for name in _TENSORS if (t := packed.tensors.get(name)) is not None}
         absent: dict[str, Any] = {name: None for name in _TENSORS if name not in types}
         layout = {
             "KIND": meta["kind"], "BITS": meta["bits"], "OFFSET": float(meta["offset"]), "SCALE": meta["scale"],
             "GROUP": meta["group"], "ROWS": meta["rows"], "S": meta["part"], **absent,
         }  # fmt: skip
         pointer = DTYPES[dtype]
-        for place, tile in enumerate(tiles(FAMILY, arch, meta["bits"])):
+        rows = tiles(FAMILY, arch, meta["bits"])
+        for place, tile in enumerate(rows):
+            if subset == "ci" and 0 < place < len(rows) - 1:
+                continue  # The smallest and the largest stand for it.
             split = (place + index) % 2 == 0
             io = {"y": "*fp32" if split else pointer, "x": pointer, "bias": pointer, **types}
             sizes = "x".join(str(value) for _, value in tile.sizes)

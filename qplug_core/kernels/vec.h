@@ -60,6 +60,11 @@ INLINE void store(float *p, vf x) { memcpy(p, &x, sizeof x); }
 INLINE vi load_i(const void *p) { vi x; memcpy(&x, p, sizeof x); return x; }
 INLINE void prefetch(const void *p) { _mm_prefetch((const char *)p, _MM_HINT_T0); }
 
+/* Lines that are about to be written: read and owned while there is something else to do. */
+INLINE void own_lines(const char *to, long bytes) {
+    for (long i = 0; i < bytes; i += 64) __asm__ volatile("prefetchw %0" : : "m"(to[i]));
+}
+
 /* VL bytes as integers. */
 INLINE vi load_u8(const uint8_t *p) {
 #if defined(__AVX512F__)
@@ -145,7 +150,7 @@ INLINE void store_any(int kind, void *p, long i, vf x, long count) {
 /* Rows of a scratch array that kernels read in blocks: whole blocks, zero filled by the caller. */
 INLINE long round_up(long x, long unit) { return (x + unit - 1) / unit * unit; }
 
-static void *scratch(size_t bytes) {
+INLINE void *scratch(size_t bytes) {
     /* Room of one line, so that an empty array has an address too. */
     return aligned_alloc(64, (size_t)round_up((long)bytes, 64) + 64);
 }

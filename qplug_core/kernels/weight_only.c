@@ -92,8 +92,8 @@ static void run(int type, const Product *p, int use16, int threads) {
         }
         return;
     }
-    const long rows = round_up(p->m, use16 ? MR16 : MR), block = use16 ? BLOCK16 : BLOCK;
-    const long blocks = (rows + block - 1) / block, panels = (p->n + PANEL - 1) / PANEL;
+    const long rows = round_up(p->m, use16 ? MR16 : MR), most_rows = use16 ? BLOCK16 : BLOCK, blocks = (rows + most_rows - 1) / most_rows;
+    const long block = round_up((rows + blocks - 1) / blocks, use16 ? MR16 : MR), panels = (p->n + PANEL - 1) / PANEL;
     /* Panels that one task takes: several where that leaves enough tasks. */
     const long most = use16 ? WIDE : 1, share = panels * blocks / (threads * 4L), wide = share > most ? most : share > 1 ? share : 1;
     const long groups = (panels + wide - 1) / wide;
@@ -137,3 +137,5 @@ EXPORT int qplug_weight_only(void *y, const void *x, const void *codes, const vo
     free(p.sums);
     return failed;
 }
+
+#include "weight_only_experts.h"

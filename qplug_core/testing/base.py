@@ -108,8 +108,13 @@ def _kernels(declared: Declarations) -> list[KernelCase]:
     for decl in declared.kernels:
         if decl.ops != ("kv_cache",):
             device, runs = device_for(decl)
-            cases += [KernelCase(decl, scheme, device, runs) for scheme in schemes_of(decl.schemes)]
+            cases += [KernelCase(decl, scheme, device, runs) for scheme in schemes_of(decl.schemes) if _is_plain(scheme)]
     return cases
+
+
+def _is_plain(scheme: QuantScheme) -> bool:
+    """Whether weights can be drawn for it. A convolutional code has its own: the tests of the plugin hold its kernels."""
+    return scheme.weight is None or scheme.weight.dtype != "ccq2"
 
 
 def _quantizers(declared: Declarations) -> list[QuantizerCase]:

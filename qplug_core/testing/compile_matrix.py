@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import functools
 import hashlib
 import importlib.metadata
 import importlib.util
 import json
 import multiprocessing
 import os
+import re
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping
@@ -25,24 +27,33 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+from .. import kernels as parts
 from ..decl import KernelDecl
 from ..device import Device
 from ..errors import UsageError
+from ..kernels import triton_kv_cache
 from ..kernels.triton_launch import CompileCase
 from ..registry import Entry, Registry, get_registry
-from .compile_cells import TARGETS, Cell, compile_cell, problem_of
+from .compile_cells import REPORTED, TARGETS, Cell, compile_cell, problem_of
 
+KV_STORE = "core.triton_kv_store"
+"""The one kernel that is no product: it writes a KV cache, whose schemes no declaration can name."""
 COMMAND = "python -m qplug_core.testing.compile_matrix"
 
 
 @dataclass
 class Claim:
-    """One kernel on one target: its cells decide whether it may be called compiled."""
+    """One kernel on one target: its cells decide whether it may be called compiled. ``entry``: None for one that no plugin declares."""
 
-    entry: Entry[KernelDecl]
+    entry: Entry[KernelDecl] | None
     target: str
     cases: list[CompileCase]
     cells: list[Cell] = field(default_factory=list)
+
+    @property
+    def name(self) -> str:
+        """The declared name, or that of the operation."""
+        return self.entry.decl.name if self.entry else KV_STORE
 
     @property
     def holds(self) -> bool:
@@ -62,18 +73,29 @@ def claims(registry: Registry, targets: Iterable[str], subset: str, kernels: tup
         for target in targets:
             if Device.from_name(target).matches_any(entry.decl.devices):
                 found.append(Claim(entry, target, kernel.compile_cases(target, subset)))
+    if not kernels or KV_STORE in kernels:
+        found += [Claim(None, target, triton_kv_cache.compile_cases(subset)) for target in targets]
     return found
 
 
 def case_digest(case: CompileCase) -> str:
-    """Hash of everything that decides what a cell says, but the target and Triton: the kernel and its constants."""
+    """Hash of everything that decides what a cell says, but the target and Triton: the kernel, what it calls, and its constants."""
     digest = hashlib.sha256(repr(case).encode())
     spec = importlib.util.find_spec(case.function.partition(":")[0])
     assert spec is not None
     assert spec.origin is not None
-    for path in (Path(spec.origin), Path(spec.origin).with_name("triton_parts.py")):
-        digest.update(path.read_bytes())
+    for text in _sources(Path(spec.origin)):
+        digest.update(text)
     return digest.hexdigest()[:16]
+
+
+@functools.cache
+def _sources(path: Path) -> tuple[bytes, ...]:
+    """The text of a kernel's file, and of those that it takes functions from."""
+    text = path.read_bytes()
+    called = re.findall(r"^from (\.|qplug_core\.kernels\.)(\w+) import", text.decode(), re.MULTILINE)
+    folders = {".": path.parent, "qplug_core.kernels.": Path(parts.__file__).parent}
+    return (text, *(t for place, name in called for t in _sources(folders[place] / f"{name}.py")))
 
 
 def cases_digest(cases: Iterable[CompileCase]) -> str:
@@ -175,7 +197,8 @@ def write_proofs(found: list[Claim]) -> list[Path]:
             json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"schema": 1, "kernels": {}}
         )
         for claim in of_package:
-            proofs = body["kernels"].setdefault(claim.entry.decl.name, {})
+            assert claim.entry is not None
+            proofs = body["kernels"].setdefault(claim.name, {})
             if proofs.get(claim.target, {}).get("status") == "measured":
                 continue
             proofs.pop(claim.target, None)
@@ -189,11 +212,13 @@ def write_proofs(found: list[Claim]) -> list[Path]:
 def _by_package(found: list[Claim]) -> Iterator[tuple[str, list[Claim]]]:
     grouped: dict[str, list[Claim]] = {}
     for claim in found:
-        grouped.setdefault(claim.entry.plugin.module.partition(".")[0] or "qplug_core", []).append(claim)
+        if claim.entry is not None:
+            grouped.setdefault(claim.entry.plugin.module.partition(".")[0] or "qplug_core", []).append(claim)
     yield from grouped.items()
 
 
 def _proof(claim: Claim) -> dict[str, Any]:
+    assert claim.entry is not None
     names = (claim.entry.plugin.distribution, "qplug-core", "triton")
     return {
         "status": "compiled",
@@ -210,7 +235,9 @@ def _proof(claim: Claim) -> dict[str, Any]:
 def main(arguments: list[str] | None = None) -> int:
     """Compile, print a table, write the proofs."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--targets", nargs="+", choices=TARGETS, default=TARGETS)
+    parser.add_argument(
+        "--targets", nargs="+", choices=TARGETS, help="all where left out; with --subset ci those of list-methods"
+    )
     parser.add_argument("--kernels", nargs="+", default=(), help="names of declared kernels; all where left out")
     parser.add_argument("--subset", choices=("ci", "all"), default="all")
     parser.add_argument("--jobs", type=int, default=min(os.cpu_count() or 1, 4))
@@ -219,12 +246,13 @@ def main(arguments: list[str] | None = None) -> int:
     if os.environ.get("TRITON_INTERPRET") == "1":
         raise UsageError("TRITON_INTERPRET=1 is set, which compiles nothing; unset it")
     start = time.perf_counter()
-    found = claims(get_registry(), given.targets, given.subset, tuple(given.kernels))
+    targets = given.targets or (REPORTED if given.subset == "ci" else TARGETS)
+    found = claims(get_registry(), targets, given.subset, tuple(given.kernels))
     run(found, given.jobs, given.timeout)
     for claim in found:
         failed = [cell for cell in claim.cells if cell.problem]
         state = "compiled" if claim.holds else f"{len(failed)} of {len(claim.cells)} fail"
-        print(f"{claim.entry.decl.name:28} {claim.target:8} {len(claim.cells):4} cells  {state}")
+        print(f"{claim.name:28} {claim.target:8} {len(claim.cells):4} cells  {state}")
         for cell in failed:
             print(f"    {cell.case}: {cell.problem}")
     if given.subset == "all":

@@ -1,8 +1,11 @@
 from __future__ import annotations
 
 import ctypes
+import os
+import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -33,7 +36,7 @@ def test_build_puts_one_object_into_the_cache_and_finds_it_again(fresh: Path) ->
 
 
 @pytest.mark.parametrize("chosen", list(builder.SETS))
-@pytest.mark.parametrize("name", ["weight_only", "int8", "quantize"])
+@pytest.mark.parametrize("name", ["weight_only", "int8", "quantize", "packing", "embedding", "wint2"])
 def test_every_source_compiles_for_every_instruction_set_without_warnings(name: str, chosen: str, tmp_path: Path) -> None:
     # Optimization takes most of the time and finds no errors.
     command = ["cc", *builder.FLAGS, *builder.SETS[chosen], "-O0", "-Wall", "-Wextra", "-Werror"]
@@ -129,3 +132,64 @@ def test_other_devices_are_refused_without_a_build(fresh: Path) -> None:
     assert [r.code for r in builder.refusals("int8", Device.from_name("sm_90"))] == ["device"]
     assert [r.code for r in builder.refusals("int8", Device.from_name("neon"))] == ["device"]
     assert not (fresh / "qplug").exists()
+
+
+def test_header_that_another_source_includes_is_no_part_of_the_digest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(builder, "FOLDER", tmp_path)
+    (tmp_path / "k.c").write_text('#include "a.h"\n')
+    (tmp_path / "a.h").write_text('#include "b.h"\n')
+    (tmp_path / "b.h").write_text("enum { B = 1 };\n")
+    (tmp_path / "c.h").write_text("enum { C = 1 };\n")
+    before = builder.source_digest("k")
+    (tmp_path / "c.h").write_text("enum { C = 2 };\n")
+    assert builder.source_digest("k") == before
+    (tmp_path / "b.h").write_text("enum { B = 2 };\n")
+    assert builder.source_digest("k") != before
+
+
+def test_nothing_on_the_path_is_a_refusal_with_a_remedy(tmp_path: Path) -> None:
+    code = "from qplug_core.kernels import builder; print(builder.load('int8'))"
+    environment = {"PATH": "", "XDG_CACHE_HOME": str(tmp_path), "HOME": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
+    assert "no C compiler (cc was not found)" in done.stdout
+    assert "install gcc, or set CC" in done.stdout
+
+
+def test_wheel_with_built_kernels_needs_no_compiler(tmp_path: Path) -> None:
+    """A wheel of one kernel, as QPLUG_PREBUILD=1 makes it: of one platform, of any Python, and found with nothing on the PATH."""
+    pytest.importorskip("setuptools.command.bdist_wheel")
+    root = Path(__file__).parents[2]
+    package = tmp_path / "source" / "qplug_core"
+    for name in (
+        "__init__.py",
+        "device.py",
+        "errors.py",
+        "support.py",
+        "bridges/transformers/hook.py",
+        "kernels/__init__.py",
+    ):
+        (package / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(root / "qplug_core" / name, package / name)
+    for name in ("builder.py", "quantize.c", "vec.h"):
+        shutil.copy(root / "qplug_core" / "kernels" / name, package / "kernels" / name)
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "NOTICE"):
+        shutil.copy(root / name, package.parent / name)
+    environment = {**os.environ, "QPLUG_PREBUILD": "1"}
+    command = [sys.executable, "setup.py", "-q", "bdist_wheel", "-d", str(tmp_path)]
+    subprocess.run(command, cwd=package.parent, env=environment, check=True, capture_output=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    assert "-py3-none-linux_" in wheel.name
+    with zipfile.ZipFile(wheel) as archive:
+        objects = [name for name in archive.namelist() if name.endswith(".so")]
+        archive.extractall(tmp_path / "installed")
+    digest = builder.source_digest("quantize")
+    assert sorted(objects) == sorted(f"qplug_core/kernels/quantize-{chosen}-{digest}.so" for chosen in builder.SETS)
+    code = "from qplug_core.kernels import builder; print(builder.build('quantize', 'avx2'))"
+    environment = {"PATH": "", "PYTHONPATH": str(tmp_path / "installed"), "XDG_CACHE_HOME": str(tmp_path / "cache")}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True, cwd=tmp_path
+    )
+    assert done.stdout.strip() == str(tmp_path / "installed" / "qplug_core" / "kernels" / f"quantize-avx2-{digest}.so")
+    assert not (tmp_path / "cache").exists()

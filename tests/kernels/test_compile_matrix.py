@@ -83,6 +83,15 @@ def test_the_key_of_a_case_does_not_depend_on_the_process() -> None:
     assert compile_matrix.case_digest(case) == compile_matrix.case_digest(case)
 
 
+def test_the_digest_covers_every_file_that_a_kernel_takes_functions_from() -> None:
+    """A plugin's kernel calls core's, which call the device functions: a change in any of them is another kernel."""
+    core = Path(compile_matrix.__file__).parent.parent / "kernels"
+    spec = importlib.util.find_spec("qplug_int8")
+    texts = compile_matrix._sources(Path(spec.origin).parent / "kernels" / "triton_wint2_kernels.py")
+    for name in ("triton_experts_kernels", "triton_weight_only_kernels", "triton_mixed_kernels", "triton_parts"):
+        assert (core / f"{name}.py").read_bytes() in texts
+
+
 def _claims() -> list[tuple[str, str, str]]:
     found = []
     for entry in get_registry().kernels:
@@ -102,7 +111,7 @@ def test_proofs_are_about_these_sources() -> None:
     proofs = _claims()
     assert proofs, "no plugin has a proof of a compiled Triton kernel; run python -m qplug_core.testing.compile_matrix"
     claims = compile_matrix.claims(get_registry(), TARGETS, "all")
-    now = {(c.entry.decl.name, c.target): compile_matrix.cases_digest(c.cases) for c in claims}
+    now = {(c.name, c.target): compile_matrix.cases_digest(c.cases) for c in claims}
     stale = [f"{name} on {target}" for name, target, sources in proofs if now.get((name, target)) != sources]
     assert not stale, f"compiled from other sources: {', '.join(stale)}; run {compile_matrix.COMMAND}"
 

@@ -32,6 +32,8 @@ def test_every_declared_scheme_is_taken_on_every_declared_device_and_right(decl:
     devices = [Device.from_name(name) for name in TARGETS if Device.from_name(name).matches_any(decl.devices)]
     assert devices
     for seed, scheme in enumerate(schemes_of(decl.schemes)):
+        if scheme.weight is not None and scheme.weight.dtype == "ccq2":
+            continue  # Random codes are no such weight: test_triton_wint2.py has some.
         weight = random_weight(scheme, 40, 256, torch.Generator().manual_seed(seed))
         for device, op, dtype in ((d, o, t) for d in devices for o in decl.ops for t in decl.dtypes):
             assert kernel.supports(problem_of(weight, op, dtype), device) == []

@@ -9,7 +9,8 @@ from torch import Tensor
 from qplug_core.device import Device
 from qplug_core.kernel import problem_of
 from qplug_core.kernels import triton_scaled
-from qplug_core.kernels.triton_scaled import TritonScaled, quantize
+from qplug_core.kernels.triton_activations import quantize
+from qplug_core.kernels.triton_scaled import TritonScaled
 from qplug_core.reference.activation import quantize_activation
 from qplug_core.scheme import QuantScheme
 from qplug_core.testing.interpreter import need_interpreter
@@ -124,14 +125,15 @@ def test_fnuz_weights_are_the_same_numbers_for_every_byte() -> None:
     assert torch.equal(plain["codes"].float() * plain["scales"][:, None], fnuz["codes"].float() * fnuz["scales"][:, None])
 
 
-def test_a_nan_makes_its_token_nan_and_no_other() -> None:
+def test_nan_and_inf_make_their_tokens_so_and_no_other() -> None:
     for kernel, text in ((Int8(), "W8A8"), (Fp8(), "Wfp8Afp8")):
         weight = make(text, 20, 64)
         x = torch.ones(3, 64, dtype=torch.bfloat16)
-        x[1, 7] = float("nan")
+        x[1, 7], x[2, 3] = float("nan"), float("inf")
         y = kernel.apply(x, kernel.pack(weight))
         assert y[1].isnan().all()
-        assert y[[0, 2]].isfinite().all()
+        assert not y[2].isfinite().any()
+        assert y[0].isfinite().all()
 
 
 def test_split_k_gives_what_one_program_gives(monkeypatch: pytest.MonkeyPatch) -> None:

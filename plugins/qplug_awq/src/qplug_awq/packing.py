@@ -11,6 +11,7 @@ import functools
 import torch
 from torch import Tensor
 
+from qplug_core.kernels import cpu_packing
 from qplug_core.packing import pack, transposed, unpack
 
 GEMM_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
@@ -30,6 +31,8 @@ def unpack_gemm(words: Tensor, bits: int) -> Tensor:
 
     8 bits keep that order of eight, over two words, as RTP-LLM reads them. Words are transposed, not codes: there are fewer.
     """
+    if bits == 4 and cpu_packing.available(words):
+        return cpu_packing.unpack_awq(words, GEMM_ORDER)
     rows, count = words.shape
     data = transposed(words).view(torch.uint8).view(count * 4 // bits, bits // 4, rows, 4)
     codes = torch.empty(data.shape[0], 8, rows, dtype=torch.uint8)

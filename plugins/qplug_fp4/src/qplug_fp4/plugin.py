@@ -105,6 +105,18 @@ def qplug_kernels() -> list[KernelDecl]:
             requires=("triton>=3.6",),
             summary="as fp4.triton_wfp4a16, activations left at 16 bit",
         ),
+        KernelDecl(
+            "fp4.triton_wfp4afp8",
+            impl="qplug_fp4.kernels.triton_wfp4afp8:TritonWFP4AFP8",
+            ops=OPS,
+            schemes=("Wmxfp4Afp8 g32 a:token|tensor|tensor.static", "Wnvfp4Afp8 g32 a:token|tensor|tensor.static"),
+            devices=("sm_89+", "gfx942", "gfx950", "gfx12*"),
+            # Before the weight-only kernel, which takes the same schemes on more devices.
+            rank=OPTIMIZED + 1,
+            dtypes=("bfloat16", "float16"),
+            requires=("triton>=3.6",),
+            summary="FP8 matrix units, FP4 codes widened in registers",
+        ),
     ]
 
 

@@ -107,7 +107,7 @@ def qplug_kernels() -> list[KernelDecl]:
             impl="qplug_fp8.kernels.triton_wfp8afp8:TritonWFP8AFP8",
             ops=OPS,
             schemes=(
-                "Wfp8Afp8 tensor|channel a:token|tensor|tensor.static rules=ub1200",
+                "Wfp8Afp8 tensor|channel a:token|tensor|tensor.static rules=ub1200 2:4",
                 "Wfp8Afp8 b128x128 a:g128",
                 "Wfp8Afp8 b64x32 a:g32",
             ),
@@ -115,7 +115,7 @@ def qplug_kernels() -> list[KernelDecl]:
             rank=OPTIMIZED,
             dtypes=("bfloat16", "float16"),
             requires=("triton>=3.6",),
-            summary="FP8 matrix units",
+            summary="FP8 matrix units; 2:4 sparse weights are made dense in registers",
         ),
     ]
 

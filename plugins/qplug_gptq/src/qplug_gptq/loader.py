@@ -29,7 +29,7 @@ from qplug_core.axes import FLOATS, StoredTensor
 from qplug_core.config import LayerQuant, QuantizationConfig
 from qplug_core.errors import CannotEncode, DecodeError
 from qplug_core.format import CheckpointFormat
-from qplug_core.packing import transposed, word_values
+from qplug_core.packing import transposed, unpack_columns, word_values
 from qplug_core.scheme import TensorQuant
 from qplug_core.weight import OpaqueWeight, QuantWeight
 
@@ -39,7 +39,7 @@ from .config import parse
 from .hub import affine, part_of
 from .keys import BITS
 from .writing import write
-from .zeros import asymmetric, check_symmetric, unpack_codes
+from .zeros import asymmetric, check_symmetric
 
 if TYPE_CHECKING:
     from qplug_core.source import Source
@@ -112,7 +112,8 @@ class GPTQFormat(CheckpointFormat):
             index, groups = _by_position(index, part.block[1], scales.shape[0])
             scales = scales[groups]
             zeros = None if zeros is None else zeros[groups]
-        codes = unpack_codes(transposed(tensors["qweight"]), part.bits, quant.layout)
+        middle = 2 ** (part.bits - 1) if part.symmetric else 0
+        codes = _codes(tensors["qweight"], part.bits, quant.layout, middle)
         scheme = replace(quant.scheme, act_order=index is not None)
         stored_act = tensors.get(quant.opt("act_scale", STORED[0]))
         fields: dict[str, Any] = {
@@ -121,9 +122,7 @@ class GPTQFormat(CheckpointFormat):
         }
         if zeros is not None:
             return QuantWeight(scheme, codes, transposed(scales), part.block, zeros=transposed(zeros), **fields)
-        # In uint8 this wraps round, which is the two's complement that is wanted.
-        signed = codes.sub_(2 ** (part.bits - 1)).view(torch.int8)
-        return QuantWeight(scheme, signed, transposed(scales), part.block, **fields)
+        return QuantWeight(scheme, codes.view(torch.int8), transposed(scales), part.block, **fields)
 
     def encode(self, weight: QuantWeight | OpaqueWeight, quant: LayerQuant) -> dict[str, Tensor]:
         """The inverse of :meth:`decode`.
@@ -187,6 +186,13 @@ class GPTQFormat(CheckpointFormat):
     def quantization_config(self, layers: Mapping[str, LayerQuant | None]) -> dict[str, Any]:
         """See :func:`qplug_gptq.writing.write`."""
         return write(layers)
+
+
+def _codes(words: Tensor, bits: int, layout: str, middle: int) -> Tensor:
+    """uint8 codes ``[N, K]`` of qweight, less ``middle``: in uint8 this wraps round, which is the two's complement that is wanted."""
+    if layout == "gptq_p":
+        return planar.unpack(transposed(words), bits).sub_(middle)
+    return unpack_columns(words, bits, middle)
 
 
 def _unit(bits: int, layout: str) -> int:
