@@ -7,8 +7,10 @@ version, date, machine, what was not run; and method -> feature -> test, error, 
 from __future__ import annotations
 
 import datetime
+import fcntl
 import json
 import os
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -56,15 +58,18 @@ def _write(engine: str, version: str, method: str, feature: str, entry: dict[str
     if os.environ.get("QPLUG_PROVE") != "1":
         return
     assert engine in ENGINES, f"{engine} is none of {ENGINES}"
-    body = json.loads(TARGET.read_text()) if TARGET.exists() else {"schema": 1, "engines": {}}
-    of = body["engines"].setdefault(engine, {})
-    if of.get("version") != version:
-        of.clear()  # What another version did is no proof of this one.
-    of |= {"version": version, "date": datetime.date.today().isoformat()}
-    if method:
-        of.setdefault("methods", {}).setdefault(method, {})[feature] = entry
-    else:
-        of |= entry
-    fresh = TARGET.with_suffix(f".{os.getpid()}")
-    fresh.write_text(json.dumps(body, indent=1, sort_keys=True) + "\n")
-    fresh.replace(TARGET)
+    # Tests of two engines may write at the same time.
+    with (Path(tempfile.gettempdir()) / "qplug-proof.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        body = json.loads(TARGET.read_text()) if TARGET.exists() else {"schema": 1, "engines": {}}
+        of = body["engines"].setdefault(engine, {})
+        if of.get("version") != version:
+            of.clear()  # What another version did is no proof of this one.
+        of |= {"version": version, "date": datetime.date.today().isoformat()}
+        if method:
+            of.setdefault("methods", {}).setdefault(method, {})[feature] = entry
+        else:
+            of |= entry
+        fresh = TARGET.with_suffix(f".{os.getpid()}")
+        fresh.write_text(json.dumps(body, indent=1, sort_keys=True) + "\n")
+        fresh.replace(TARGET)

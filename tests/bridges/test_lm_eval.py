@@ -7,6 +7,7 @@ import math
 import os
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,6 +22,9 @@ from lm_eval.tasks import TaskManager
 import qplug_core
 from qplug_core.bridges.lm_eval import QplugLM
 from qplug_core.errors import UsageError
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from bridges import proof
 
 DEMO = Path(qplug_core.__file__).parent / "demo"
 TEXTS = (DEMO / "heldout.txt").read_text(encoding="utf-8")[:1200].split("\n\n\n")
@@ -89,7 +93,7 @@ def evaluate(tasks, names, **arguments):
     return done["results"]
 
 
-def test_bits_per_byte_are_those_of_the_engine(tasks, model, capsys):
+def test_bits_per_byte_are_those_of_the_engine(tasks, model, capsys, request):
     def expected(folder):
         engine = qplug_core.load(DEMO / folder, dtype="float32")
         return sum(own_nll(engine, t, model.max_length) for t in TEXTS) / sum(len(t.encode()) for t in TEXTS) / math.log(2)
@@ -100,6 +104,10 @@ def test_bits_per_byte_are_those_of_the_engine(tasks, model, capsys):
         print(f"\nlm-eval {found:.6f} bits per byte, summed here {quantized:.6f}, its 16-bit parent {parent:.6f}")
     assert found == pytest.approx(quantized, abs=1e-6)
     assert abs(parent - quantized) > 1e-3
+    proof.record(
+        "reference", version("qplug-core"), "gptq", "lm-eval, bits per byte", request.node.nodeid, abs(found - quantized),
+        abs(parent - quantized),
+    )  # fmt: skip
 
 
 def test_likelihoods_of_a_bfloat16_model_are_not_rounded(tasks):
@@ -148,26 +156,12 @@ def test_a_continuation_that_does_not_fit_is_refused(model):
         short._loglikelihood_tokens([(("", ""), [1], list(range(9)))], disable_tqdm=True)
 
 
-def test_the_command_line(tasks, tmp_path):
-    arguments = [
-        "run",
-        "--model",
-        "qplug",
-        "--model_args",
-        f"pretrained={DEMO / 'gptq'},dtype=float32",
-        "--tasks",
-        "local_choice",
-    ]
-    command = [
-        sys.executable,
-        "-m",
-        "qplug_core.bridges.lm_eval",
-        *arguments,
-        "--include_path",
-        str(tasks),
-        "--output_path",
-        str(tmp_path),
-    ]
+def test_the_command_line_of_the_page(tasks, tmp_path):
+    page = (Path(__file__).parents[2] / "docs" / "transformers.md").read_text(encoding="utf-8")
+    said = next(line.split() for line in page.splitlines() if "python -m qplug_core.bridges.lm_eval run" in line)
+    given = {"python": sys.executable, "TASK": "local_choice", "FOLDER": str(tasks)}
+    command = [given.get(word, word.replace("PATH", str(DEMO / "gptq"))) for word in said]
+    command += ["--output_path", str(tmp_path)]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
     done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=400)
     assert done.returncode == 0, done.stderr[-2000:]

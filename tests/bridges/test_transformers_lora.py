@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ from qplug_core.engine.modules import QuantLinear  # noqa: E402
 from qplug_core.errors import UsageError  # noqa: E402
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from bridges import proof  # noqa: E402
 from conftest import DATA  # noqa: E402
 
 bridge.register()
@@ -50,7 +52,7 @@ def adapter(tmp_path_factory):
     return folder
 
 
-def test_beside_a_quantized_layer_as_beside_its_copy(adapter, capsys):
+def test_beside_a_quantized_layer_as_beside_its_copy(adapter, capsys, request):
     quantized = PeftModel.from_pretrained(load(), adapter)
     assert isinstance(quantized.base_model.model.model.layers[0].mlp.down_proj, QuantLoraLinear)
     assert isinstance(quantized.base_model.model.model.layers[0].mlp.up_proj, QuantLinear)
@@ -60,12 +62,24 @@ def test_beside_a_quantized_layer_as_beside_its_copy(adapter, capsys):
         print(f"\nLoRA {found:.1e}  without the adapter {contrast:.1e}")
     assert found < 1e-4
     assert contrast > 0.1
+    proof.record("transformers", version("transformers"), "gptq", "LoRA of PEFT", request.node.nodeid, found, contrast)
 
 
 def test_transformers_own_load_adapter(adapter):
     model = load()
     model.load_adapter(str(adapter))
     assert torch.equal(log_probs(model), log_probs(PeftModel.from_pretrained(load(), adapter)))
+
+
+def test_save_pretrained_with_an_adapter_writes_the_adapter(adapter, tmp_path):
+    model = load()
+    model.load_adapter(str(adapter))
+    before = log_probs(model)
+    model.save_pretrained(tmp_path)
+    assert not (tmp_path / "model.safetensors").exists()
+    again = load()
+    again.load_adapter(str(tmp_path))
+    assert torch.equal(log_probs(again), before)
 
 
 def test_merged_is_unmerged_and_comes_apart_again(adapter):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,9 +22,14 @@ from qplug_core.errors import UsageError
 from qplug_core.layer import LayerSpec, StoredPart
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from bridges import proof
 from conftest import DATA
 
-SERVED = ["gptqmodel-w4-g128-sym-descact", "mixtral-gptqmodel-w4-g32-sym", "deepseekv3-transformers-fp8block-perexpert"]
+SERVED = [
+    "gptqmodel-w4-g128-sym-descact",
+    "mixtral-gptqmodel-w4-g32-sym",
+    "deepseekv3-transformers-fp8block-perexpert",
+]
 WHOLE = "gptoss-handwritten-mxfp4"
 """transformers has no plan for its experts, which alone are quantized: every rank holds all of them."""
 
@@ -41,7 +47,7 @@ def ranks(tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", [*SERVED, WHOLE])
-def test_two_ranks(ranks, name, capsys):
+def test_two_ranks(ranks, name, capsys, request):
     ref = load_file(DATA / name / "ref.safetensors")
     dense, original = (torch.log_softmax(ref[f"logits_{n}_fp32"].float(), dim=-1) for n in ("dequant", "unquantized"))
     found, held = ranks[name]
@@ -53,6 +59,9 @@ def test_two_ranks(ranks, name, capsys):
     plan = qplug_core.load(DATA / name, dtype="float32").plan
     whole = sum(d.layer.n * d.layer.k for d in plan.decisions if d.quantized)
     assert held == whole if name == WHOLE else held < 0.8 * whole
+    proof.record(
+        "transformers", version("transformers"), proof.method_of(DATA / name), f"2 ranks {name}", request.node.nodeid, error, contrast
+    )  # fmt: skip
 
 
 def test_what_it_does_not_cut_is_refused():

@@ -4,12 +4,11 @@ It puts one finder on ``sys.meta_path``, which waits for ``transformers.quantize
 qplug is imported before. ``QPLUG_TRANSFORMERS=0`` leaves it out. docs/decisions/0005-transformers-discovery.md has the reasons and costs.
 """
 
-from __future__ import annotations
-
 import os
 import sys
 
-TYPE_CHECKING = False  # typing takes longer to import than all of this.
+# typing takes longer to import than all of this, and __future__ a quarter of it: so annotations are strings.
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
     from importlib.machinery import ModuleSpec
@@ -22,11 +21,11 @@ HOOK = "qplug_transformers_hook"
 class Finder:
     """Waits for one module, and calls ``call`` when that was executed."""
 
-    def __init__(self, name: str, call: Callable[[], object]) -> None:
+    def __init__(self, name: str, call: "Callable[[], object]") -> None:
         self.name = name
         self.call = call
 
-    def find_spec(self, name: str, path: object = None, target: object = None) -> ModuleSpec | None:
+    def find_spec(self, name: str, path: object = None, target: object = None) -> "ModuleSpec | None":
         """The spec of the module that is waited for; None for everything else."""
         if name != self.name:
             return None
@@ -37,7 +36,7 @@ class Finder:
         if spec is not None and spec.loader is not None:
             execute = spec.loader.exec_module
 
-            def exec_module(module: ModuleType) -> None:
+            def exec_module(module: "ModuleType") -> None:
                 execute(module)
                 self.call()
 
@@ -45,7 +44,7 @@ class Finder:
         return spec
 
 
-def when_imported(name: str, call: Callable[[], object]) -> None:
+def when_imported(name: str, call: "Callable[[], object]") -> None:
     """Call ``call`` once: now, if ``name`` is imported already, or right after it is."""
     if name in sys.modules:
         call()

@@ -12,18 +12,19 @@ from typing import Any
 import torch
 
 from ...device import Device
-from ...engine.cache import Coders
 from ...engine.describe import describe, is_transposed
 from ...engine.engine import cache_coders
 from ...engine.memory import trim
 from ...engine.modules import QuantEmbedding, QuantLinear
 from ...engine.names import StoredNames, left_out
 from ...engine.place import fill_slot, place_experts, place_layer, plain_weight
+from ...engine.slab import Coders
 from ...errors import CheckpointError, CoverError, UsageError
 from ...method import QuantMethod
 from ...planner import Planner
 from ...quant_plan import QuantPlan
 from ...registry import get_registry
+from ...repository import open_checkpoint
 from ...source import Source
 from . import log
 from .config import QplugConfig
@@ -193,10 +194,12 @@ def plain_torch() -> Iterator[None]:
 
 
 def open_files(files: list[str] | None) -> Source:
-    """The checkpoint that transformers found.
+    """The checkpoint that transformers found: one GGUF file, or safetensors files.
 
-    :raises UsageError: for weights that are no safetensors files, or not those that the folder is known by.
+    :raises UsageError: for weights that are neither, or not those that the folder is known by.
     """
+    if files and files[0].endswith(".gguf"):
+        return open_checkpoint(files[0], get_registry())
     if not files or not all(file.endswith(".safetensors") for file in files):
         raise UsageError(
             f"the weights are {Path(files[0]).name if files else 'a state dict'}; qplug reads *.safetensors in one folder, so save them as that"

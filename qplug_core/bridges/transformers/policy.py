@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import functools
 import os
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,10 +18,15 @@ from ...registry import get_registry
 from . import NAME, log
 
 VARIABLE = "QPLUG_TRANSFORMERS"
+GGUF = "gguf"
+"""The method whose files transformers opens by another argument of ``from_pretrained``, so no config decides for it."""
 BY_KEY = {"bitsandbytes_4bit": "bitsandbytes", "bitsandbytes_8bit": "bitsandbytes"}
 """Keys of transformers that stand for the quantization method of another name."""
 
 ANNOUNCED: set[str] = set()
+
+Wanted = str | set[str]
+"""``missing``, ``all``, or the methods that qplug is to serve."""
 
 
 def install() -> bool:
@@ -30,7 +36,9 @@ def install() -> bool:
     """
     from transformers.quantizers import auto
 
+    from .asked import asking
     from .config import QplugConfig
+    from .gguf import GgufChooser
     from .quantizer import QplugHfQuantizer
 
     configs, quantizers = auto.AUTO_QUANTIZATION_CONFIG_MAPPING, auto.AUTO_QUANTIZER_MAPPING
@@ -41,19 +49,25 @@ def install() -> bool:
     methods |= {name for entry in registry.configs for name in entry.decl.detects}
     wanted = policy(os.environ, methods)
     merge = auto.AutoHfQuantizer.merge_quantization_configs
+    asks = asking(auto.get_hf_quantizer, wanted, configs)
     if not callable(auto.AutoHfQuantizer.from_config):
         raise AttributeError("AutoHfQuantizer.from_config is not callable")
     quantizers[NAME] = QplugHfQuantizer
     configs[NAME] = QplugConfig
-    for key in {*methods, *(k for k, method in BY_KEY.items() if method in methods)}:
+    for key in {*methods, *(k for k, method in BY_KEY.items() if method in methods)} - {GGUF}:
         if not isinstance(wanted, str) and BY_KEY.get(key, key) not in wanted:
             continue
         configs[key] = _chooser(key, configs.get(key), quantizers.get(key), everything=wanted != "missing")
+    if isinstance(wanted, str) or GGUF in wanted:
+        quantizers[GGUF] = GgufChooser
     auto.AutoHfQuantizer.merge_quantization_configs = staticmethod(_merging(merge, QplugConfig))
+    auto.get_hf_quantizer = asks
+    if (loader := sys.modules.get("transformers.modeling_utils")) is not None:
+        loader.get_hf_quantizer = asks  # type: ignore[attr-defined]
     return True
 
 
-def policy(environ: Mapping[str, str], methods: set[str]) -> str | set[str]:
+def policy(environ: Mapping[str, str], methods: set[str]) -> Wanted:
     """``missing``, ``all``, or the methods that qplug is to serve; ``0`` is the empty set.
 
     :raises UsageError: for a word that is no method of an installed plugin.

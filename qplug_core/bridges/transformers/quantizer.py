@@ -45,7 +45,7 @@ class QplugHfQuantizer(HfQuantizer):
     def update_device_map(self, device_map: Any) -> Any:
         """One device: packed weights are laid out for it.
 
-        :raises UsageError: for a map over several.
+        :raises UsageError: for a map over several, and for a device that has no kernels or is not here.
         """
         places = set(device_map.values()) if isinstance(device_map, dict) else set()
         if isinstance(device_map, str) and torch.cuda.device_count() <= 1:
@@ -58,6 +58,14 @@ class QplugHfQuantizer(HfQuantizer):
             raise UsageError(
                 f"device_map has {len(places)} devices; qplug packs for one, so give device_map={{'': 'cuda:0'}}"
             )
+        for place in places:
+            found = f"cuda:{place}" if isinstance(place, int) else str(place)
+            if found.partition(":")[0] not in ("cpu", "cuda"):
+                raise UsageError(
+                    f"device_map has {found!r}; qplug packs for a CPU or a GPU (cuda), so give device_map={{'': 'cpu'}}"
+                )
+            if found != "cpu" and not torch.cuda.is_available():
+                raise UsageError(f"device_map has {found!r} and torch sees no GPU here; give device_map={{'': 'cpu'}}")
         return device_map if not places else {"": next(iter(places))}
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
@@ -71,22 +79,27 @@ class QplugHfQuantizer(HfQuantizer):
         except QplugError:
             raise
         except (AttributeError, ImportError, KeyError, TypeError) as error:
+            if isinstance(error, ImportError) and str(error.name).startswith("qplug"):
+                raise  # Not transformers' fault, and nobody is helped by being told so.
             raise UsageError(changed(error)) from error
         return model
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         """Read the quantized weights, from the checkpoint to the kernels."""
         self.loading.finish()
-        if self.quantization_config.stored is None and self.loading.source.quant_config is not None:
-            self.quantization_config.stored = {
-                "quant_method": self.loading.planner.config.method, **self.loading.source.quant_config
-            }  # fmt: skip
+        method = self.loading.planner.config.method
+        if self.quantization_config.stored is None and method and self.quantization_config.scheme is None:
+            said = self.loading.source.quant_config or {}
+            # FastDeploy's key for the same thing is another, and its values are names of their own.
+            self.quantization_config.stored = {"quant_method": said.get("quantization") or method, **said}
         model.quant_plan = self.loading.plan
         model._weight_conversions = []
         return model
 
-    def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Any], dict[str, str]]:
-        """What ``save_pretrained`` writes: tensors of the format, under their stored names."""
+    def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Any] | None, dict[str, str]]:
+        """What ``save_pretrained`` writes: tensors of the format, under their stored names; None where it writes an adapter alone."""
+        if getattr(model, "_hf_peft_config_loaded", False):
+            return None, {}
         from .saving import stored_state
 
         return stored_state(model, self.loading, self.quantization_config)

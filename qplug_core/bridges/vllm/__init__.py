@@ -6,9 +6,11 @@ imported before a quantized checkpoint is opened, and where qplug cannot run, vL
 
 from __future__ import annotations
 
+import functools
 import logging
 from importlib import import_module
 from importlib.metadata import version as installed
+from typing import Any
 
 NAME = "qplug"
 VERSIONS = ">=0.32,<0.33"
@@ -23,12 +25,24 @@ def register() -> None:
         log.warning("qplug stays out of this vLLM: %s", reason)
         return
     try:
+        # All that can fail comes before the first change.
         methods = import_module("vllm.model_executor.layers.quantization")
-        config = import_module("qplug_core.bridges.vllm.config")
-        methods.register_quantization_config(NAME)(config.QplugConfig)
-        import_module("qplug_core.bridges.vllm.beside").watch()
+        add = methods.register_quantization_config(NAME)
+        config = import_module("qplug_core.bridges.vllm.config").QplugConfig
+        wrapped = []
+        for name in ("beside", "files"):
+            module = import_module(f"qplug_core.bridges.vllm.{name}")
+            owner = module.owner()
+            wrapped.append((owner, module.FUNCTION, getattr(owner, module.FUNCTION), module.wrap))
     except Exception as error:
         log.warning("qplug stays out of this vLLM: %s", changed(error))
+        return
+    add(config)
+    for owner, function, original, wrap in wrapped:
+        if not hasattr(original, "qplug"):
+            fresh: Any = functools.wraps(original)(wrap(original))
+            fresh.qplug = True
+            setattr(owner, function, fresh)
 
 
 def unsupported() -> str:
@@ -42,7 +56,9 @@ def unsupported() -> str:
 
 
 def changed(error: BaseException) -> str:
-    """The one sentence for an engine that is not as this bridge knows it."""
+    """The one sentence for an engine that is not as this bridge knows it, or for a qplug that is not whole."""
+    if isinstance(error, ImportError) and str(error.name).startswith("qplug"):
+        return f"a part of qplug is missing or does not fit the others ({error}); install qplug-core and its plugins again"
     found = import_module("vllm").__version__
     return (
         f"vLLM {found} is not as qplug-core {installed('qplug-core')} knows it ({type(error).__name__}: {error}); install vllm{VERSIONS}, "

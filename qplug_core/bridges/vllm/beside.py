@@ -1,12 +1,12 @@
 """Checkpoints that say in a file beside config.json how they are quantized: ``quantize_config.json``, ``smoothquant.ini``.
 
 vLLM looks at config.json alone (and at ModelOpt's file), so it would take them for 16 bit and fail at the first tensor. Where config.json says
-nothing and a file of an installed plugin is there, this module lets config.json say ``qplug``.
+nothing and a file of an installed plugin is there, weights among them, this module lets config.json say ``qplug``.
 """
 
 from __future__ import annotations
 
-import functools
+from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -15,29 +15,29 @@ from ...errors import QplugError
 from ...registry import get_registry
 from ...source import CONFIG_FILES, FLAG_FILES
 from . import NAME, log
+from .files import opened
+
+FUNCTION = "get_config"
+"""Through which vLLM reads config.json."""
 
 
-def watch() -> None:
-    """Wrap the function through which vLLM reads config.json; once in each process.
+def owner() -> Any:
+    """Where vLLM has :data:`FUNCTION`."""
+    return import_module("vllm.config.model")
 
-    :raises AttributeError: where vLLM has no such function.
-    """
-    models: Any = import_module("vllm.config.model")
-    original = models.get_config
-    if hasattr(original, "qplug"):
-        return
 
-    @functools.wraps(original)
+def wrap(original: Callable[..., Any]) -> Callable[..., Any]:
+    """:data:`FUNCTION`, with a ``quantization_config`` where a file says what config.json does not."""
+
     def get_config(model: str | Path, *given: Any, **options: Any) -> Any:
         config = original(model, *given, **options)
         said = any(getattr(config, key, None) for key in ("quantization_config", "compression_config"))
-        if not said and (file := claimed(Path(model))):
+        if not said and (file := claimed(Path(model)) or opened(Path(model))):
             log.info("qplug serves the checkpoint: config.json does not say how it is quantized, and %s does", file)
             config.quantization_config = {"quant_method": NAME}
         return config
 
-    get_config.qplug = True  # type: ignore[attr-defined]
-    models.get_config = get_config
+    return get_config
 
 
 def claimed(folder: Path) -> str:

@@ -17,7 +17,7 @@ from ...method import HubMethod, QuantMethod
 from ...planner import Planner, assumed_source, read_config
 from ...quant_plan import Decision, QuantPlan
 from ...registry import get_registry
-from ...repository import is_repository, open_headers
+from ...repository import is_repository, local_folder, open_checkpoint
 from ...source import Source
 from . import NAME, changed, log
 from .policy import Claim, Options, decide
@@ -53,6 +53,8 @@ class QplugConfig(QuantizationConfig):
         self._plans: dict[str, QuantPlan] = {}
         self._fused: dict[str, tuple[str, int | str]] = {}
         self._waiting: set[str] = set()
+        self._flat: dict[str, str] = {}
+        self.quantized_embedding = False
 
     def __getstate__(self) -> dict[str, Any]:
         return {key: getattr(self, key) for key in ("config", "model", "model_type", "tied", "packed_modules_mapping")}
@@ -93,7 +95,7 @@ class QplugConfig(QuantizationConfig):
         :raises ValueError: one sentence, where only qplug could serve it and cannot.
         """
         config = dict(hf_quant_cfg or {})
-        method = str(config.get("quant_method", ""))
+        method = str(config.get("quant_method") or config.get("quantization") or "")
         if method == NAME and user_quant in (None, NAME):
             return NAME
         try:
@@ -140,7 +142,7 @@ class QplugConfig(QuantizationConfig):
         return WeightsMapper(
             orig_to_new_substr=RENAMED.get(self.model_type, {}),
             orig_to_new_stacked=self._fused,
-            orig_to_new_suffix={f".{suffix}": None for suffix in ignorable},
+            orig_to_new_suffix={f".{suffix}": None for suffix in ignorable} | self._flat,
         )
 
     def get_cache_scale_mapper(self) -> Any:
@@ -168,6 +170,8 @@ class QplugConfig(QuantizationConfig):
             return method_for(self, layer, prefix)
         except QplugError as error:
             raise ValueError(str(error)) from None
+        except (AttributeError, TypeError) as error:
+            raise ValueError(changed(error)) from error
 
     # What qplug's methods ask.
 
@@ -201,14 +205,22 @@ class QplugConfig(QuantizationConfig):
         """The stored name of what vLLM calls ``module``."""
         if self._stored is None:
             names = [] if self._planner is None else list(self._planner.source.tensors)
-            self._stored = {self._renamed(name).rpartition(".")[0]: name.rpartition(".")[0] for name in names}
+            self._stored = {self.renamed(name).rpartition(".")[0]: name.rpartition(".")[0] for name in names}
         return self._stored.get(module, module)
 
     def fused_here(self, part: str, leaf: str, shard: int | str) -> None:
         """The file holds ``part`` by itself and vLLM expects it in ``leaf`` already: say where it goes."""
         self._fused[f".{part}."] = (f".{leaf}.", shard)
 
-    def _renamed(self, name: str) -> str:
+    def flat(self, suffix: str) -> str:
+        """The name of the parameter for stored tensors that end with ``suffix``: torch takes no dots in it."""
+        name = suffix.replace(".", "__")
+        if name != suffix:
+            self._flat[f".{suffix}"] = f".{name}"
+        return name
+
+    def renamed(self, name: str) -> str:
+        """vLLM's name of a stored tensor."""
         name = name if self.mapper is None else self.mapper.map_name(name) or name
         for old, new in RENAMED.get(self.model_type, {}).items():
             name = name.replace(old, new, 1)
@@ -219,6 +231,11 @@ class QplugConfig(QuantizationConfig):
         self.stored("")
         found = [module for module in self._stored or () if module.rpartition(".")[2] in EMBEDDINGS]
         return found[0] if len(found) == 1 else ""
+
+    def holds_head(self) -> bool:
+        """True where the checkpoint has tensors of a head, tied or not."""
+        self.stored("")
+        return any(module.rpartition(".")[2] == "lm_head" for module in self._stored or ())
 
     def bind(self, decision: Decision, dtype: torch.dtype) -> QuantMethod:
         """The method that multiplies with one layer."""
@@ -244,12 +261,19 @@ class QplugConfig(QuantizationConfig):
         )
         _say(f"qplug loaded {whole.report()}")
 
+    def readable(self) -> Source:
+        """The checkpoint with its weights, for layers that core reads from the files itself.
+
+        :raises CheckpointError: where there are no files.
+        """
+        return open_checkpoint(local_folder(self.model), get_registry())
+
     def _source(self) -> Source:
         """The checkpoint's configs and headers; the config alone where vLLM's loader knows of files that core does not."""
         if not self.model or not (Path(self.model).exists() or is_repository(self.model)):
             return assumed_source(self.config)
         try:
-            source = open_headers(self.model)
+            source = open_checkpoint(self.model, get_registry(), headers=True)
         except CheckpointError as error:
             _say(f"qplug plans from the config alone: {error}")
             return assumed_source(self.config)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
+from vllm.model_executor.layers.fused_moe.activation import MoEActivation
 from vllm.model_executor.layers.linear import QKVParallelLinear, RowParallelLinear
 
 from ...engine.describe import EXPERT_PARTS, FUSED, FUSED_EXPERT
@@ -15,6 +17,8 @@ from ...layer import LayerSpec, StoredPart
 _OTHER = re.compile(r"(^|\.)(visual|vision\w*|audio\w*|image\w*|multi_modal\w*|mm_\w*)(\.|$)")
 """Parts of a multimodal model that quantization at load leaves alone, by vLLM's names."""
 Stored = Callable[[str], str]
+STACKS = ("gate_up_proj", "down_proj")
+"""Names of the tensors that hold the projections of all experts of a layer; their biases end with ``_bias``."""
 
 
 def linear_spec(layer: Any, prefix: str, packed: dict[str, list[str]], stored: Stored) -> LayerSpec:
@@ -66,15 +70,8 @@ def vocabulary_spec(layer: Any, prefix: str, op: Any, tied_to: str | None, store
 
 
 def expert_specs(layer: Any, prefix: str, stored: Stored) -> list[tuple[LayerSpec, LayerSpec]]:
-    """The two projections of every expert of this rank: gate and up rows of this rank, and columns of down.
-
-    :raises UsageError: for experts with biases.
-    """
+    """The two projections of every expert of this rank: gate and up rows of this rank, and columns of down."""
     moe = layer.moe_config
-    if moe.has_bias:
-        raise UsageError(
-            f"{prefix} has experts with biases, which qplug does not serve in vLLM; load the model with qplug's own engine"
-        )
     inner, hidden = int(moe.intermediate_size_per_partition_unpadded), int(moe.hidden_dim_unpadded)
     rank, world = int(moe.moe_parallel_config.tp_rank), int(moe.moe_parallel_config.tp_size)
     rows, whole = _cut(inner, rank, world)
@@ -100,6 +97,10 @@ def expert_specs(layer: Any, prefix: str, stored: Stored) -> list[tuple[LayerSpe
             up.append((low, StoredPart(fused, inner, (whole + rows[0], whole + rows[1]), 2 * whole)))
         columns = rows if world > 1 else None
         height = inner * (2 if gated else 1)
+        if gated and layer.activation == MoEActivation.SWIGLUOAI:  # gpt-oss: one stack, and gate and up rows take turns.
+            both = _part(stored(f"{prefix}.{STACKS[0]}"), height, (2 * rows[0], 2 * rows[1]), 2 * whole)
+            up.append((replace(both, expert=e),))
+            down.append((StoredPart(stored(f"{prefix}.{STACKS[1]}"), hidden, expert=e),))
         specs.append(
             (
                 LayerSpec(f"{prefix}.{e}.up", "experts", height, hidden, tuple(up)),

@@ -10,6 +10,7 @@ from vllm.config import get_current_vllm_config
 from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.linear import LinearMethodBase
 
+from ...errors import QplugError
 from ...quant_plan import Decision
 from .weights import Weights, place, show
 
@@ -46,7 +47,7 @@ class QplugLinear(LinearMethodBase):
         """Register an empty parameter for each stored tensor."""
         self.n = sum(output_partition_sizes)
         for suffix in sorted(self.weights.suffixes):
-            place(layer, suffix, self.weights.elements(suffix), self._loader(suffix))
+            place(layer, self.config.flat(suffix), self.weights.elements(suffix), self._loader(suffix))
         get_current_vllm_config().compilation_config.static_forward_context[self.name] = layer
 
     def process_weights_after_loading(self, layer: Any) -> None:
@@ -77,6 +78,36 @@ class QplugLinear(LinearMethodBase):
             self.weights.take(0 if shard_id is None else order.get(shard_id, shard_id), suffix, loaded_weight)
 
         return load
+
+
+class TiedHead(QplugLinear):
+    """The head of a tied model whose file shows the embedding under the head's name too (GGUF), packed for products, which the embedding is
+    not. Some of vLLM's models drop it from the stream; then it is read from the file.
+    """
+
+    streams = 0
+    """How often the layer was loaded when it was last in order."""
+
+    def tie_weights(self, layer: Any, embed_tokens: Any) -> Any:
+        """The head itself, which shares no storage with the embedding."""
+        return layer
+
+    def process_weights_after_loading(self, layer: Any) -> None:
+        """Read the weights where they were not streamed.
+
+        :raises ValueError: where new weights were streamed without those of the head.
+        """
+        if self.weights.loads == self.streams:
+            if self.streams:
+                raise ValueError(
+                    f"{self.name} is tied and quantized, and vLLM drops it from new weights; start vLLM with the new checkpoint"
+                )
+            try:
+                self.weights.read(self.config.readable())
+            except QplugError as error:
+                raise ValueError(str(error)) from None
+        self.streams = self.weights.loads
+        super().process_weights_after_loading(layer)
 
 
 class QplugEmbedding(QplugLinear):

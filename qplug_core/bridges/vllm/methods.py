@@ -15,7 +15,7 @@ from ...quant_plan import Decision
 from .experts import QplugExperts
 from .kv_cache import cache_method
 from .layers import expert_specs, linear_spec, vocabulary_spec
-from .linear import QplugEmbedding, QplugLinear
+from .linear import QplugEmbedding, QplugLinear, TiedHead
 
 if TYPE_CHECKING:
     from .config import QplugConfig
@@ -33,20 +33,8 @@ def method_for(config: QplugConfig, layer: Any, prefix: str) -> Any:
         _note_split(config, decision, prefix)
         return QplugLinear(config, decision, dtype) if decision.quantized else UnquantizedLinearMethod()
     if isinstance(layer, VocabParallelEmbedding):
-        head = isinstance(layer, ParallelLMHead)
         prefix = prefix or config.embedding()
-        if not prefix:
-            return None
-        tied = "embed_tokens" if head and config.tied else None
-        spec = vocabulary_spec(layer, prefix, "lm_head" if head else "embedding", tied, config.stored)
-        (decision,) = config.plan([spec], dtype).decisions
-        if not decision.quantized:
-            return None
-        if config.tied:
-            raise UsageError(
-                f"{prefix} is quantized and tied, which qplug does not serve in vLLM; load the model with qplug's own engine"
-            )
-        return (QplugLinear if head else QplugEmbedding)(config, decision, dtype)
+        return _vocabulary(config, layer, prefix, dtype) if prefix else None
     if isinstance(layer, RoutedExperts):
         pairs = expert_specs(layer, prefix, config.stored)
         decisions = config.plan([spec for pair in pairs for spec in pair], dtype).decisions
@@ -54,6 +42,31 @@ def method_for(config: QplugConfig, layer: Any, prefix: str) -> Any:
     if isinstance(layer, Attention):
         return cache_method(config, layer, prefix)
     return None
+
+
+def _vocabulary(config: QplugConfig, layer: Any, prefix: str, dtype: torch.dtype) -> Any:
+    """The method of the head or the embedding, None for vLLM's own.
+
+    :raises UsageError: where the two are tied and the file does not show what both need.
+    """
+    head = isinstance(layer, ParallelLMHead)
+    tied = "embed_tokens" if head and config.tied else None
+    spec = vocabulary_spec(layer, prefix, "lm_head" if head else "embedding", tied, config.stored)
+    (decision,) = config.plan([spec], dtype).decisions
+    if config.tied:
+        if not head:
+            config.quantized_embedding = decision.quantized
+        both = head or not decision.quantized or config.holds_head()
+        if not both or decision.quantized != config.quantized_embedding:
+            raise UsageError(
+                f"{prefix} is quantized and tied, and the file does not show it under both names, which vLLM needs; load the model with "
+                "qplug's own engine"
+            )
+    if not decision.quantized:
+        return None
+    if head:
+        return (TiedHead if config.tied else QplugLinear)(config, decision, dtype)
+    return QplugEmbedding(config, decision, dtype)
 
 
 def _note_split(config: QplugConfig, decision: Decision, prefix: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any
 
 from ...config import LayerQuant
@@ -21,13 +22,17 @@ VARIABLE = "QPLUG_VLLM"
 
 @dataclass(frozen=True)
 class Served:
-    """What vLLM serves by itself: layouts (any where none is named) of schemes, under one ``quant_method``, on some devices."""
+    """What vLLM serves by itself: layouts (any where none is named) of schemes, under one ``quant_method``, on some devices.
+
+    ``needs``: the module without which it does not.
+    """
 
     method: str
     layouts: tuple[str, ...]
     schemes: tuple[str, ...]
     devices: tuple[str, ...]
     experts: bool = True
+    needs: str = ""
 
 
 @dataclass(frozen=True)
@@ -62,27 +67,39 @@ PACKED, INT8, FP8 = ("pack-quantized",), ("int-quantized", "naive-quantized"), (
 AMPERE = ("sm_80+", "gfx90a+", "gfx11*", "gfx12*")
 TURING = ("sm_75+", *AMPERE[1:])
 HAS_FP8 = ("sm_89+", "gfx942+", "gfx12*")
+TAKES_FP8 = ("sm_75+", *HAS_FP8[1:])  # Weight-only, where the GPU has no FP8 product.
+INT8_SCHEMES = ("W8A8 tensor|channel a:token|tensor.static|tensor.static.asym rules=127.5",)
+NVFP4, MXFP4, MXFP8 = (
+    ("Wnvfp4A{16,nvfp4} g16 a:g*|g*.local",),
+    ("Wmxfp4A{16,mxfp4} g32 a:g*",),
+    ("Wmxfp8Amxfp8 g32 a:g* rules=ct",),
+)
 SERVED = (
     Served("gptq", ("gptq",), ("W{4,8}A16 channel|g32|g64|g128 sym",), TURING),
     Served("gptq", ("gptq",), ("W4A16 g32|g64|g128 sym",), ("avx512",), False),
     Served("awq", ("awq_gemm",), ("W4A16 g32|g64|g128 sym|asym",), TURING),
     Served("awq", ("awq_gemm",), ("W4A16 g32|g64|g128 sym|asym",), ("avx512",), False),
-    Served("compressed-tensors", PACKED, ("W{4,8}A16 channel|g32|g64|g128 sym|asym",), AMPERE),
+    Served("auto-round", ("gptq",), ("W{4,8}A16 channel|g32|g64|g128 sym",), TURING),
+    Served("compressed-tensors", PACKED, ("W{4,8}A16 channel|g32|g64|g128 sym|asym",), TURING),
     Served("compressed-tensors", PACKED, ("W4A16 channel|g32|g64|g128 sym|asym",), ("avx512",), False),
-    Served("compressed-tensors", INT8, ("W8A8 tensor|channel a:token|tensor.static|tensor.static.asym",), ("sm_80+",)),
-    Served(
-        "compressed-tensors", INT8, ("W8A8 tensor|channel a:token|tensor.static|tensor.static.asym",), ("avx512",), False
-    ),
-    Served("compressed-tensors", FP8, ("Wfp8Afp8 tensor|channel|b128x128 a:token|tensor.static|g128",), HAS_FP8),
+    Served("compressed-tensors", INT8, INT8_SCHEMES, ("sm_75+",)),
+    Served("compressed-tensors", INT8, INT8_SCHEMES, ("avx512",), False),
+    Served("compressed-tensors", FP8, ("Wfp8Afp8 tensor|channel|b128x128 a:token|tensor.static|g128",), TAKES_FP8),
     Served("compressed-tensors", FP8, ("Wfp8Afp8 channel a:token",), ("avx512",), False),
-    Served("compressed-tensors", ("nvfp4-pack-quantized",), ("Wnvfp4A{16,nvfp4} g16 a:g*|g*.local",), ("sm_80+",)),
-    Served("compressed-tensors", ("mxfp4-pack-quantized",), ("Wmxfp4A{16,mxfp4} g32 a:g*",), ("sm_80+",)),
-    Served("fp8", ("fp8",), ("Wfp8Afp8 tensor a:token|tensor|tensor.static",), HAS_FP8),
-    Served("fp8", ("fp8_inv", "fp8_block"), ("Wfp8Afp8 b128x128 a:g128",), HAS_FP8),
-    Served("modelopt", (), ("Wfp8Afp8 tensor|channel a:token|tensor.static",), ("sm_89+",)),
-    Served("modelopt_fp4", (), ("Wnvfp4A{16,nvfp4} g16 a:g*|g*.local",), ("sm_80+",)),
-    Served("mxfp4", (), ("Wmxfp4A{16,mxfp4} g32 a:g*",), ("sm_80+", "gfx90a+")),
+    Served("compressed-tensors", ("nvfp4-pack-quantized",), NVFP4, ("sm_75+",)),
+    Served("compressed-tensors", ("mxfp4-pack-quantized",), MXFP4, ("sm_80+",)),
+    Served("compressed-tensors", ("mxfp8-quantized",), MXFP8, ("sm_75+",)),
+    Served("fp8", ("fp8",), ("Wfp8Afp8 tensor a:token|tensor|tensor.static",), TAKES_FP8),
+    Served("fp8", ("fp8_inv", "fp8_block"), ("Wfp8Afp8 b128x128 a:g128",), TAKES_FP8),
+    Served("fbgemm_fp8", (), ("Wfp8Afp8 channel a:token rules=ub1200",), ("sm_80+", *HAS_FP8[1:])),
+    Served("modelopt", (), ("Wfp8Afp8 tensor|channel a:token|tensor.static",), ("sm_80+",)),
+    Served("modelopt", (), (*NVFP4, *MXFP8), ("sm_80+",)),
+    Served("modelopt_fp4", (), NVFP4, ("sm_75+",)),
+    Served("mxfp4", (), MXFP4, ("sm_80+", "gfx90a+")),
     Served("quark", (), ("Wfp8Afp8 tensor|channel a:token|tensor.static",), HAS_FP8[:2]),
+    Served("quark", (), ("W8A8 tensor|channel a:token|tensor.static",), ("sm_75+",)),
+    Served("quark", (), MXFP4, ("gfx90a+",)),
+    Served("torchao", (), ("*",), TURING, needs="torchao"),
 )
 """Of the versions in VERSIONS; the CPU rows were run, the others are read from its code. What is not here counts as refused: qplug has
 a floor and vLLM has none."""
@@ -157,6 +174,8 @@ def refused(config: Mapping[str, Any], method: str, device: Device, registry: Re
         return f"vLLM {VERSIONS} has no {method}"
     if not here:
         return f"vLLM {VERSIONS} does not serve {method} on {device.arch}"
+    if lacking := next((entry.needs for entry in here if entry.needs and find_spec(entry.needs) is None), ""):
+        return f"vLLM {VERSIONS} serves {method} only with {lacking}, which is not installed"
     if moe and not any(entry.experts for entry in here):
         return f"vLLM {VERSIONS} does not serve experts of {method} on {device.arch}"
     quants = dict.fromkeys(rule.quant for rule in parsed.rules if rule.quant is not None)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import CheckpointError
-from ...method import QuantMethod, plain_name
+from ...method import QuantMethod, TensorSource, plain_name
 from ...planner import Planner
 from ...quant_plan import Decision
 from ...source import MemorySource
@@ -23,7 +23,8 @@ class Weights:
     """The tensors of one projection.
 
     ``parts``: stored module names in the order of the rows. ``suffixes``: what vLLM may bring for each part. ``expected``: full
-    names of all that the file holds of it, empty where there are no headers. ``engine``: who streams, for error messages.
+    names of all that the file holds of it, empty where there are no headers. ``stacks``: names of the tensors that hold this expert among
+    others, which are read from the file and not collected. ``engine``: who streams, for error messages.
     """
 
     engine = "vLLM"
@@ -33,7 +34,8 @@ class Weights:
         self.parts = [part.name for segment in decision.segments for part in segment.parts]
         self.suffixes: set[str] = set()
         self.expected: dict[str, int] = {}
-        self.loaded = False
+        self.stacks: set[str] = set()
+        self.loads = 0
         self._collected: dict[str, Tensor] = {}
         held = planner.source.tensors
         for segment in decision.segments:
@@ -43,6 +45,9 @@ class Weights:
                 else:
                     layout = planner.layout(segment.quant.layout)
                     names = {t.full_name(part.name) for t in layout.tensors(segment.quant)}
+                if part.expert is not None:
+                    self.stacks |= names & held.keys()
+                    continue
                 if odd := sorted(n for n in names if not n.startswith(f"{part.name}.") and (n in held or not held)):
                     raise CheckpointError(
                         f"{odd[0]} is stored beside {decision.layer.name} and not in it, and {self.engine} has no place for that; load the model "
@@ -50,6 +55,11 @@ class Weights:
                     )
                 self.suffixes |= {n.removeprefix(f"{part.name}.") for n in names if n.startswith(f"{part.name}.")}
                 self.expected |= {n: _numel(held[n].shape) for n in names if n in held}
+
+    @property
+    def loaded(self) -> bool:
+        """Whether the layer has weights."""
+        return self.loads > 0
 
     def elements(self, suffix: str) -> int:
         """Elements of all stored tensors with ``suffix``, which vLLM counts when it reloads."""
@@ -61,7 +71,11 @@ class Weights:
         kept.copy_(tensor)  # vLLM counts elements that are copied while it reloads.
         self._collected[f"{self.parts[part]}.{suffix}"] = kept
         if self.expected and self._collected.keys() >= self.expected.keys():
-            self._load()
+            self._load(MemorySource(self._collected))
+
+    def read(self, source: TensorSource) -> None:
+        """Load from the file itself."""
+        self._load(source)
 
     def finish(self) -> None:
         """All tensors were streamed.
@@ -69,7 +83,7 @@ class Weights:
         :raises ValueError: where some of this layer are missing.
         """
         if self._collected and not self.expected:
-            self._load()
+            self._load(MemorySource(self._collected))
         if self._collected or not self.loaded:
             missing = sorted(self.expected.keys() - self._collected.keys()) or ["every tensor"]
             raise ValueError(
@@ -77,8 +91,7 @@ class Weights:
                 f"{missing[0]}; nothing was loaded into the layer, so give the whole checkpoint"
             )
 
-    def _load(self) -> None:
-        source = MemorySource(self._collected)
+    def _load(self, source: TensorSource) -> None:
         previous = torch.get_default_dtype()
         torch.set_default_dtype(
             torch.float32
@@ -91,7 +104,7 @@ class Weights:
                     self.method.load(source)
         finally:
             torch.set_default_dtype(previous)
-        self.loaded = True
+        self.loads += 1
         self._collected = {}
 
 
