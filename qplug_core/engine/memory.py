@@ -7,7 +7,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-TRIM_BYTES = 2**26
+TRIM_BYTES = 2**24
 """About as much freed memory may stay with the process while it loads."""
 
 

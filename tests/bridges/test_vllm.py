@@ -221,17 +221,14 @@ def test_http(place):
         **ENVIRONMENT,
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
         "PYTHONPATH": str(place / "site"),
-        "QPLUG_VLLM": "all",
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
     }
-    command = [
-        str(Path(sys.executable).with_name("vllm")),
-        "serve",
-        str(DEMO / "gptq"),
-        "--port",
-        str(port),
-        "--enforce-eager",
-    ]
-    command += ["--dtype", "float32", "--max-model-len", "256", "--served-model-name", "demo"]
+    page = (Path(__file__).parents[2] / "docs" / "vllm.md").read_text(encoding="utf-8")
+    line = next(line.strip() for line in page.splitlines() if line.strip().startswith("QPLUG_VLLM=all vllm serve"))
+    code = next(block.partition("```")[0] for block in page.split("```python\n") if "import OpenAI" in block)
+    assert "--port 8000" in line
+    assert "127.0.0.1:8000" in code
+    command = ["bash", "-c", f"exec env {line.replace('--port 8000', f'--port {port}')}"]
     with log.open("w") as out:
         server = subprocess.Popen(command, env=environment, stdout=out, stderr=out)
     try:
@@ -242,7 +239,9 @@ def test_http(place):
             assert time.monotonic() < deadline, log.read_text()[-3000:]
             time.sleep(1)
         prompt = "def read_lines(path):\n"
-        answer = client.completions.create(model="demo", prompt=prompt, max_tokens=24, temperature=0, logprobs=1)
+        said: dict = {}
+        exec(code.replace("127.0.0.1:8000", f"127.0.0.1:{port}"), said)
+        answer = said["answer"]
         streamed = client.completions.create(model="demo", prompt=prompt, max_tokens=24, temperature=0, stream=True)
         pieces = [chunk.choices[0].text for chunk in streamed]
     finally:
