@@ -31,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parent))
 import proof
 from conftest import make_model, oracles
-from transformers_made import READ_ONLY, gguf
+from made_by_hand import READ_ONLY, gguf
 
 WRITTEN = {
     "awq": "W4A16_g64_asym",

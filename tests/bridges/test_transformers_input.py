@@ -25,7 +25,7 @@ from qplug_core.errors import CheckpointError, ConfigError, CoverError, PluginEr
 sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parent))
 from conftest import DATA, make_model  # noqa: E402
-from transformers_made import gguf as write_gguf  # noqa: E402
+from made_by_hand import gguf as write_gguf  # noqa: E402
 
 bridge.register()
 GPTQ = DATA / "gptqmodel-w4-g128-sym-descact"

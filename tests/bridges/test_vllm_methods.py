@@ -10,6 +10,7 @@ what rounding does.
 from __future__ import annotations
 
 import hashlib
+import importlib.metadata
 import importlib.util
 import shutil
 import sys
@@ -28,9 +29,13 @@ from qplug_core.testing.dequantized import save_dequantized
 
 sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parents[1]))
+import proof
+from conftest import make_model
 from made import auto_round, scaled, sparse24, with_config
-from vllm_session import WEIGHTS_ALONE, base, far, place, prompts, run  # noqa: F401
+from made_by_hand import READ_ONLY
+from vllm_session import SIZES, VERSION, WEIGHTS_ALONE, base, far, place, prompts, run  # noqa: F401
 
+EXPERTS = {"moe_intermediate_size": 128, "num_experts": 4, "num_experts_per_tok": 2}
 TOKEN_INT8, TOKEN_FP8 = ("int8", 0), ("fp8", 0)
 MADE = {
     "awq": "W4A16_g64_asym",
@@ -63,6 +68,8 @@ ROUNDED = {
 """The same with quantized activations, and how a hook rounds them: dtype, and columns that share a scale (0: a token)."""
 DERIVED = {"compressed_tensors.sparse24": "2:4, bit masks", "auto-round": "W8A16_g32, of GPTQ's tensors"}
 """Formats that are not written, and what the tests make of them."""
+READ = ("gptq_marlin_24", "fastdeploy_ccq", "fastdeploy_w4a8")
+"""Formats that no tool here writes, made by hand; weights alone."""
 ASKED = ("awq",)
 """What vLLM serves by itself on a CPU, so that QPLUG_VLLM has to name it."""
 GGUF = importlib.util.find_spec("gguf") is not None
@@ -103,6 +110,13 @@ def served(run, base, place):
         copy = save_dequantized(folder, place / f"{name}-copy")
         jobs.copy(f"{name} copy", copy, activations=how, prompts=short)
         jobs.copy(f"{name} alone", copy, prompts=short)
+    bases = {"base": base, "moe": make_model(place / "moe", "qwen3_moe", **SIZES, **EXPERTS)}
+    jobs.copy("moe", bases["moe"])
+    for name in READ:
+        make, kind = READ_ONLY[name]
+        folder = make(bases[kind], place / name)
+        jobs.jobs[name] = {"model": folder, "options": WEIGHTS_ALONE}
+        jobs.copy(f"{name} copy", folder.with_name(f"{name}-copy"))
     if GGUF:
         for name, (kind, tied, types) in GGUF_FILES.items():
             folder, copy = gguf(place / name, kind, tied, types)
@@ -144,6 +158,22 @@ def test_weights(served, far, name):
 @pytest.mark.parametrize("name", DERIVED)
 def test_what_nobody_writes_any_more(served, far, name):
     far(name, f"checkpoint {DERIVED[name]}", served[name], served[f"{name} copy"], served["base"], 2e-5)
+
+
+@pytest.mark.parametrize("name", READ)
+def test_what_is_only_read(served, far, name):
+    far(name, "checkpoint made by hand", served[name], served[f"{name} copy"], served[READ_ONLY[name][1]], 2e-5)
+
+
+def test_scales_beside_a_module_are_refused(run, base, place, request):
+    """vLLM hands a tensor to the module whose name it begins with; RTP-LLM's ``q_proj_input_scale`` begins with none."""
+    make, _ = READ_ONLY["pertensor_quant"]
+    (result,) = run([{"model": make(base, place / "pertensor")}])
+    assert "q_proj_input_scale is stored beside" in result["error"]
+    sentence = result["error"].partition(": ")[2]
+    proof.record_refusal(
+        "vllm", importlib.metadata.version(VERSION), "pertensor_quant", "checkpoint", request.node.nodeid, sentence
+    )
 
 
 @pytest.mark.parametrize("name", ROUNDED)
