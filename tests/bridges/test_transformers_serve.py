@@ -51,7 +51,8 @@ def server(tmp_path_factory):
     assert "--port 8000" in COMMAND
     with log.open("w") as stderr:
         command = ["bash", "-c", f"exec {COMMAND.replace('--port 8000', f'--port {port}')}"]
-        process = subprocess.Popen(command, stdout=stderr, stderr=stderr, env=env)
+        # Elsewhere than in a checkout, whose qplug_core python would import instead of the one that is installed.
+        process = subprocess.Popen(command, stdout=stderr, stderr=stderr, env=env, cwd=site)
     client = OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="unused", max_retries=0)
     try:
         for _ in range(240):

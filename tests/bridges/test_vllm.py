@@ -230,7 +230,7 @@ def test_http(place):
     assert "127.0.0.1:8000" in code
     command = ["bash", "-c", f"exec env {line.replace('--port 8000', f'--port {port}')}"]
     with log.open("w") as out:
-        server = subprocess.Popen(command, env=environment, stdout=out, stderr=out)
+        server = subprocess.Popen(command, env=environment, stdout=out, stderr=out, cwd=place)
     try:
         client = OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0)
         deadline = time.monotonic() + 240
