@@ -244,6 +244,7 @@ def test_http(place):
         answer = said["answer"]
         streamed = client.completions.create(model="demo", prompt=prompt, max_tokens=24, temperature=0, stream=True)
         pieces = [chunk.choices[0].text for chunk in streamed]
+        scored = client.completions.create(model="demo", prompt=prompt, max_tokens=1, temperature=0, logprobs=1)
     finally:
         server.terminate()
         server.wait(60)
@@ -253,7 +254,7 @@ def test_http(place):
     assert len(pieces) > 2
     ids = engine.tokenizer(prompt, return_tensors="pt").input_ids
     expected = engine.logits(ids)[0, -1].log_softmax(-1).max()
-    assert abs(answer.choices[0].logprobs.token_logprobs[0] - float(expected)) < 1e-4
+    assert abs(scored.choices[0].logprobs.token_logprobs[0] - float(expected)) < 1e-4
     assert "qplug serves the gptq checkpoint: QPLUG_VLLM=all" in log.read_text()
 
 
