@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .axes import Axis, StoredTensor, Window, covering, slices
 from .config import LayerQuant
-from .errors import CheckpointError, PluginError, SplitRequired
+from .errors import CheckpointError, DecodeError, PluginError, SplitRequired
 from .format import CheckpointFormat
 from .kernel import Kernel, PackedWeight, problem_of
 from .layer import LayerSpec, StoredPart
@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 
     from .decl import QuantizerDecl
     from .registry import Registry
+
+
+FLOATING = (torch.float16, torch.bfloat16, torch.float32)
 
 
 class TensorSource(Protocol):
@@ -272,8 +275,23 @@ def decode_part(
             index = tuple(part.expert if a.var == "E" else i for a, i in zip(axes, index, strict=True))
         tensors[tensor.name] = source.read(tensor.full_name(part.name), index)
     weight = fmt.decode(tensors, quant, window.n1 - window.n0, window.k1 - window.k0)
+    if isinstance(weight, QuantWeight):
+        _check_finite(weight, part)
     cut = ((n0 - window.n0, n1 - window.n0), (k0 - window.k0, k1 - window.k0))
     return weight.narrow(*cut)
+
+
+def _check_finite(weight: QuantWeight, part: StoredPart) -> None:
+    """Refuse scales that make every product NaN or infinite, which no later step would notice."""
+    for name, values in weight.tensors().items():
+        # A sum is one pass without a mask; what overflows it is looked at again.
+        if values.dtype in FLOATING and not bool(values.sum(dtype=torch.float32).isfinite()):
+            bad = int((~values.isfinite()).sum())
+            if bad:
+                raise DecodeError(
+                    f"{bad} of {values.numel()} {name} of {part.name} are NaN or infinite; finite ones were needed, so fetch the file again or "
+                    "quantize the layer again"
+                )
 
 
 def _matched(

@@ -17,7 +17,7 @@ from qplug_core.config import QuantizationConfig
 from qplug_core.decl import FormatDecl
 from qplug_core.device import Device
 from qplug_core.engine.explain import explain_checkpoint
-from qplug_core.errors import ConfigError, CoverError, NoKernel
+from qplug_core.errors import ConfigError, CoverError, DecodeError, NoKernel
 from qplug_core.method import HubMethod
 from qplug_core.planner import Planner, plan, read_config
 from qplug_core.registry import Entry, PluginRow, Registry
@@ -148,6 +148,20 @@ def test_a_config_of_quantized_layers_over_a_16_bit_checkpoint_is_an_error(tmp_p
     (tmp_path / "m" / "config.json").write_text(json.dumps(config))
     with pytest.raises(ConfigError, match="stored at 16 bit"):
         explain_checkpoint(str(tmp_path / "m"), Device.cpu(), 1, "bfloat16", None)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_scales_that_are_not_finite_are_refused(value):
+    """They gave NaN logits from a model that loaded without a word."""
+    name = "model.layers.0.mlp.up_proj"
+    source = Source.open(W3)
+    tensors = {n: source.read(n).clone() for n in source.tensors if n.startswith(name)}
+    tensors[f"{name}.scales"][1, 2] = value
+    held = MemorySource(tensors)
+    made = planner(W3)
+    method = HubMethod(made.plan([spec(W3, name)], complete=False).decisions[0], made.resolver, made.layout, torch.float32)
+    with pytest.raises(DecodeError, match=r"^1 of \d+ scales of model\.layers\.0\.mlp\.up_proj are NaN or infinite; finite"):
+        method.load(held)
 
 
 def test_names_of_tensors_claim_a_checkpoint_without_a_config():
