@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -44,3 +46,26 @@ def make_model(folder: Path, kind: str = "llama", **changes) -> Path:
     tokenizer.decoder = decoders.ByteLevel()
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>", bos_token="<end>").save_pretrained(folder)
     return folder
+
+
+MEASURED = """
+import sys
+from pathlib import Path
+import torch
+torch.set_num_threads(1)
+def peak():
+    status = Path('/proc/self/status').read_text().splitlines()
+    return 1024 * int(next(line.split()[1] for line in status if line.startswith('VmHWM')))
+import qplug_core
+"""
+
+
+def measure_memory(code: str, *arguments: Path) -> list[int]:
+    """The integers that ``code`` prints in a process of its own; ``peak()`` there is the most bytes it ever held.
+
+    glibc keeps freed blocks for a while, how many differs from run to run by more than a layer; here each block goes back at once.
+    """
+    command = [sys.executable, "-c", MEASURED + code, *map(str, arguments)]
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": str(2**16), "MALLOC_TRIM_THRESHOLD_": str(2**16)}
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=arguments[0].parent, env=environment)
+    return [int(word) for word in done.stdout.split()]
