@@ -169,6 +169,7 @@ EXPORT int qplug_quantize(void *codes, float *scales, const void *x, const float
     float *values = scratch((size_t)(threads * stride) * 4);
     if (!values) return 1;
     float high_all = 0.0f, low_all = 0.0f;
+    int missing = 0;
     if (r.whole)
         for (long row = 0; row < m; row++) {
             float top, bottom;
@@ -176,7 +177,10 @@ EXPORT int qplug_quantize(void *codes, float *scales, const void *x, const float
             extremes(values, k, &top, &bottom);
             high_all = top > high_all ? top : high_all;
             low_all = bottom < low_all ? bottom : low_all;
+            for (long i = 0; i < k; i++) missing |= values[i] != values[i];
         }
+    /* One scale for all tokens: where one has a NaN, nothing is known of any. */
+    if (missing) high_all = low_all = __builtin_nanf("");
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (long t = 0; t < threads; t++)
         for (long row = t * m / threads; row < (t + 1) * m / threads; row++)

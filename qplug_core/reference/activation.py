@@ -154,7 +154,7 @@ def _blocks(x: Tensor, act: TensorQuant) -> Tensor:
     width = columns or k
     short = -k % width
     padded = torch.nn.functional.pad(x, (0, short)) if short else x
-    return padded.view(m, -1, width)
+    return padded.view(m, padded.shape[1] // width, width)
 
 
 def _columns(grid: Tensor, act: TensorQuant, k: int) -> Tensor:

@@ -117,6 +117,33 @@ class KernelConformance(Conformance):
                 f"reference, {bound:.1e} is allowed"
             )
 
+    def test_no_tokens(self, running_case: KernelCase) -> None:
+        """x without rows, as experts that no token chose get, gives y without rows."""
+        kernel: Kernel = load(running_case.decl.impl)
+        weight = _weight(running_case, *SHAPES[0], seed=15)
+        packed = kernel.pack(weight)
+        for shape in ((0, weight.k), (2, 0, weight.k)):
+            x = torch.empty(shape, dtype=getattr(torch, running_case.decl.dtypes[0]), device=weight.codes.device)
+            _apply(kernel, x, packed, None, running_case.device)
+
+    def test_what_is_not_finite_stays_so(self, running_case: KernelCase) -> None:
+        """A NaN or infinite activation makes the values infinite or NaN that it does in the reference, and no others."""
+        kernel: Kernel = load(running_case.decl.impl)
+        dtype = running_case.decl.dtypes[0]
+        weight = _weight(running_case, *SHAPES[0], seed=16)
+        reference = ReferenceLinear()
+        packed, defined = kernel.pack(weight), reference.pack(weight)
+        for value in (float("nan"), float("inf"), -float("inf")):
+            for m in (3, 18):
+                x = _activations(weight, m, dtype, seed=17)
+                x[1, weight.k // 2] = value
+                y = _apply(kernel, x, packed, None, running_case.device)
+                wanted = reference.apply(x.float(), defined)
+                assert torch.equal(y.isfinite(), wanted.isfinite()), (
+                    f"x[1, {weight.k // 2}] is {value} of M={m}: {_rows(~y.isfinite())} of y are not finite, and in the reference "
+                    f"{_rows(~wanted.isfinite())}"
+                )
+
     def test_pack_into_existing_storage(self, running_case: KernelCase) -> None:
         """``pack(w, out=)`` keeps every address and takes every new value, so that CUDA graphs see reloaded weights."""
         kernel: Kernel = load(running_case.decl.impl)
@@ -209,7 +236,7 @@ def _on_codes(act: TensorQuant, shape: tuple[int, int], generator: torch.Generat
 def _apply(kernel: Kernel, x: Tensor, packed: PackedWeight, bias: Tensor | None, device: Device) -> Tensor:
     before = x.clone()
     y = kernel.apply(x, packed, bias)
-    assert torch.equal(x, before), "apply changed its input"
+    assert torch.equal(x.nan_to_num(1.0), before.nan_to_num(1.0)), "apply changed its input"
     assert y.dtype == x.dtype, f"apply returned {y.dtype} for {x.dtype}"
     assert y.shape == (*x.shape[:-1], packed.n), f"apply returned {list(y.shape)} for x {list(x.shape)} and N {packed.n}"
     return y
@@ -246,6 +273,12 @@ def _views(x: Tensor, bias: Tensor) -> Iterator[tuple[str, Tensor, Tensor | None
     spread = torch.empty(x.shape[0], x.shape[1] * 2, dtype=x.dtype, device=x.device)
     spread[:, ::2] = x
     yield "x with strides", spread[:, ::2], bias
+
+
+def _rows(mask: Tensor) -> str:
+    """Which rows of a mask ``[M, N]`` are set, and in how many columns."""
+    counts = mask.sum(dim=1)
+    return ", ".join(f"{int(counts[i])} values of row {int(i)}" for i in counts.nonzero().flatten()) or "none"
 
 
 def _bound(scheme: QuantScheme, dtype: str) -> float:

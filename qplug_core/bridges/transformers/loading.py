@@ -14,7 +14,7 @@ import torch
 from ...device import Device
 from ...engine.describe import describe, is_transposed
 from ...engine.engine import cache_coders
-from ...engine.memory import trim
+from ...engine.memory import Heap, trim
 from ...engine.modules import QuantEmbedding, QuantLinear
 from ...engine.names import StoredNames, left_out
 from ...engine.place import fill_slot, place_experts, place_layer, plain_weight
@@ -71,12 +71,14 @@ class Loading:
         """Read, decode and pack every quantized layer."""
         for name in [n for n in vars(self.model) if n == CHECK]:
             delattr(self.model, name)
+        heap = Heap()
         for decision in self.plan.decisions:
             method = self.methods.get(decision.layer.name)
             if method is not None:
                 method.load(self.source)
-                trim()
+                heap.loaded(method.nbytes)
             self.registry.layer_ready(decision.layer, decision)
+        trim()
         self._check_complete()
         if self.plan.caches:
             log.warning(
