@@ -192,6 +192,8 @@ BROKEN = {
     "only the first refusal": ("        return refusals\n", "        return refusals[:1]\n", "test_refusals"),
     "a refusal without a need": ('f"one without {field}"', '""', "test_refusals"),
     "a declared scheme is refused": ("if problem.k % 4:", "if problem.k % 1024:", "test_refusals"),
+    "no tokens are not thought of": ("y.view(*x.shape[:-1], packed.n)", "y.view(*x.shape[:-1], -1)", "test_no_tokens"),
+    "a NaN is swallowed": ("x.float() @ weight.t()", "x.float().nan_to_num() @ weight.t()", "test_what_is_not_finite"),
     "bias is forgotten": ("y = y if bias is None else y + bias", "y = y + 0", "test_product"),
     "16-bit accumulation": ("(x.float() @ weight.t())", "(x.bfloat16() @ weight.bfloat16().t())", "test_product"),
     "pack ignores out": ("out.refill(packed)", "packed", "test_pack"),
