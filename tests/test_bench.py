@@ -387,3 +387,11 @@ def test_all_takes_more_schemes_and_no_names(tmp_path):
     assert schemes > {"W4A16_g128", "W8A8", "W4A8_g128", "W3A16_g128"}
     refused = CliRunner().invoke(main, ["bench", "--all", "W8A8"])
     assert refused.exit_code != 0
+
+
+def test_the_readme_says_what_was_measured():
+    root = Path(__file__).parents[1]
+    done = subprocess.run(
+        [sys.executable, root / "benchmarks" / "readme.py", "--check"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
