@@ -11,6 +11,7 @@ from .decl import KernelDecl, Rank
 from .device import Device
 from .errors import NoKernel, UsageError
 from .kernel import Kernel, Problem
+from .kernels.triton_tables import use as use_tiles
 from .registry import Registry
 from .support import Refusal
 from .tuning import Tuning, Verdict
@@ -113,7 +114,9 @@ class Resolver:
         return self._seen[key]
 
     def kernel(self, name: str) -> Kernel:
-        """The kernel itself, imported and instantiated once."""
+        """The kernel itself, imported and instantiated once; tiles that were measured on this device are in use from then on."""
+        if self.tuning is not None:
+            use_tiles(self.tuning.tiles.items())
         loaded: Kernel = self.registry.load(self.registry.kernel(name).decl)
         return loaded
 

@@ -13,13 +13,14 @@ import os
 import re
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from .device import Device
 from .errors import UsageError
 from .kernel import Problem
+from .kernels.triton_tables import Asked, Tile
 from .registry import Registry
 
 VARIABLE = "QPLUG_TUNING"
@@ -93,6 +94,8 @@ class Tuning:
         Of the file; empty where it was not read from one. Ranks that choose by the same file have the same.
     threads
         In use now, 0 on a GPU: measurements with others are not looked at.
+    tiles
+        The fastest tile of Triton kernels by what their launch asks for.
     """
 
     device: str
@@ -102,6 +105,7 @@ class Tuning:
     facts: Mapping[str, Any] = field(default_factory=dict)
     digest: str = ""
     threads: int = 0
+    tiles: Mapping[Asked, Tile] = field(default_factory=dict)
 
     @classmethod
     def read(cls, path: Path) -> Tuning:
@@ -130,7 +134,8 @@ class Tuning:
             key = Key(words[0], words[1], n, k, words[2], threads)
             measured[key] = {name: {int(m): _positive(ms) for m, ms in times.items()} for name, times in row["ms"].items()}
         plugins = {str(name): str(number) for name, number in body["plugins"].items()}
-        return cls(str(body["device"]), str(body["arch"]), plugins, measured, dict(body.get("facts", {})), digest)
+        tiles = dict(map(_tile, body.get("tiles", [])))
+        return cls(str(body["device"]), str(body["arch"]), plugins, measured, dict(body.get("facts", {})), digest, 0, tiles)
 
     def write(self, path: Path) -> None:
         """Put the file in place, whole or not at all.
@@ -149,6 +154,10 @@ class Tuning:
                     "ms": {name: {str(m): times[m] for m in sorted(times)} for name, times in sorted(found.items())},
                 }
                 for key, found in sorted(self.measured.items(), key=lambda item: str(item[0]))
+            ],
+            "tiles": [
+                {**asdict(asked), "tile": tile.arguments(), "splits": tile.splits}
+                for asked, tile in sorted(self.tiles.items(), key=lambda item: str(item[0]))
             ],
         }  # fmt: skip
         try:
@@ -170,7 +179,12 @@ class Tuning:
         )
         if not same:
             return self
-        return replace(self, plugins={**old.plugins, **self.plugins}, measured={**old.measured, **self.measured})
+        return replace(
+            self,
+            plugins={**old.plugins, **self.plugins},
+            measured={**old.measured, **self.measured},
+            tiles={**old.tiles, **self.tiles},
+        )
 
     def stale(self, device: Device, versions: Mapping[str, str], threads: int) -> str:
         """Why these measurements say nothing here, or an empty string.
@@ -260,6 +274,13 @@ def threads_of(device: Device) -> int:
 
 def _calls(m: int) -> int:
     return max(1, TOKENS // m)
+
+
+def _tile(row: Any) -> tuple[Asked, Tile]:
+    """What a row of a tuning file says of tiles."""
+    numbers = {name: int(row[name]) for name in ("bits", "tokens", "n", "k")}
+    asked = Asked(str(row["family"]), str(row["arch"]), kind=str(row["kind"]), **numbers)
+    return asked, Tile.of({str(name): int(value) for name, value in row["tile"].items()}, int(row["splits"]))
 
 
 def _positive(value: Any) -> float:

@@ -23,6 +23,7 @@ from ..tuning import VARIABLE, Key, Tuning, Verdict, threads_of, tuning_path
 from .contender import beyond_cache, of_kernel
 from .run import Tell, here, parsed, sample_weight, screen
 from .timing import take_turns
+from .tune_tiles import timer_on, tune_tiles
 
 OPS: tuple[Op, ...] = ("linear", "lm_head", "experts")
 """Operations that multiply with a matrix; the others have one kernel."""
@@ -63,7 +64,7 @@ def tune(
     tell: Tell = lambda text: None,
     measured: Callable[[Problem, Verdict], None] = lambda problem, verdict: None,
 ) -> tuple[Tuning, list[str]]:
-    """Measurements of all problems that more than one kernel takes, and notes on those that were left out.
+    """Measurements of all problems that more than one kernel takes, on a GPU with the best tiles of each, and notes on what was left out.
 
     ``measured`` is told each verdict as it comes.
     """
@@ -73,6 +74,11 @@ def tune(
     facts = {"date": datetime.now(timezone.utc).isoformat(timespec="seconds"), "torch": torch.__version__}
     found = Tuning(device.name, device.arch, {}, {}, facts, threads=threads_of(device))
     notes: list[str] = []
+    if device.vendor != "cpu":
+        # Before kernels are compared, so that each runs with its best tiles.
+        where = device.torch_device()
+        tiles, notes = tune_tiles(registry, problems, tokens, device, timer_on(device, seconds), where=where, tell=tell)
+        found = replace(found, tiles=tiles)
     for index, problem in enumerate(problems):
         what = f"{problem.op} {problem.scheme} [{problem.n}, {problem.k}]"
         tell(f"{index + 1} of {len(problems)}: {what}")

@@ -65,8 +65,9 @@ def tune(
         found, notes = run(get_registry(), problems, tokens, device=where, seconds=seconds, tell=tell, measured=measured)
     for text in filter(None, [note, *notes]):
         click.echo(f"note: {text}", err=True)
-    if not found.measured:
+    if not found.measured and not found.tiles:
         click.echo("nothing was measured, and nothing written", err=True)
         return
     (found.merged(old) if old else found).write(path)
-    click.echo(f"{path}: {len(found.measured)} shapes measured")
+    tiles = f", tiles of {len(found.tiles)}" if found.tiles else ""
+    click.echo(f"{path}: {len(found.measured)} shapes measured{tiles}")

@@ -6,14 +6,16 @@ depends on the shapes alone, so that a CUDA graph may hold them: those without t
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
 from ..kernel import PackedWeight
 from .triton_activations import quantize
-from .triton_launch import INTERPRETED, operation, rows_of, target_of
+from .triton_launch import operation, rows_of, target_of, tile_of
 from .triton_pack import PARTS
-from .triton_tables import Tile, tile_for
+from .triton_tables import Tile
 
 MOST = 128
 """Tokens of one expert, on average, beyond which tiles stay as they are."""
@@ -94,12 +96,13 @@ def quantized_experts(x: Tensor, packed: PackedWeight, ends: Tensor, columns: in
     return found
 
 
-def tile_of_experts(family: str, x: Tensor, bits: int, experts: int, n: int) -> tuple[Tile, tuple[int, int]]:
+def tile_of_experts(family: str, x: Tensor, bits: int, experts: int, n: int, kind: str = "") -> tuple[Tile, tuple[int, int]]:
     """The tile for as many tokens as an expert has on average, and the grid: at most one block of each expert is not full."""
-    tokens, arch = x.shape[0], target_of(x).arch
+    tokens, target = x.shape[0], target_of(x)
     each = min(-(-tokens // experts), MOST)
-    tile = tile_for(family, "sm_89" if arch == INTERPRETED else arch, bits, each, n, x.shape[1])
-    assert tile is not None, f"no tile for {each} tokens on {arch}"
+    # Experts without tokens leave processors to those that have some: how many is not known here.
+    tile = tile_of(family, replace(target, processors=0), "sm_89", bits, each, n, x.shape[1], kind)
+    assert tile is not None, f"no tile for {each} tokens on {target.arch}"
     return tile, (-(-n // tile["BN"]), min(tokens, tokens // tile["BM"] + experts))
 
 
@@ -120,7 +123,7 @@ def _run_weight_only(
 
     x = rows_of(x)
     count = codes.shape[0]
-    tile, grid = tile_of_experts("weight_only", x, bits, count, n)
+    tile, grid = tile_of_experts("weight_only", x, bits, count, n, kind)
     units = codes.shape[2] * 8 // bits // (part * PARTS[bits])
     kernel[grid](
         y, x, codes, scales, zeros, row, table, order, bias, ends, count, n, x.shape[1], units, x.stride(0), codes.stride(1),

@@ -14,6 +14,7 @@ from torch import Tensor
 from ..device import Device
 from ..errors import NoKernel
 from ..support import Refusal
+from .triton_tables import Tile, tile_for
 
 DTYPES = {"float16": "*fp16", "bfloat16": "*bf16"}
 """Activation dtypes by the name that Triton's signatures have for pointers to them."""
@@ -27,10 +28,12 @@ INTERPRETED = "interpreter"
 
 @dataclass(frozen=True)
 class Target:
-    """What a launch looks at: the architecture as :class:`~qplug_core.device.Device` names it, and its processors (SMs, CUs)."""
+    """What a launch looks at: the architecture as :class:`~qplug_core.device.Device` names it, its processors (SMs, CUs), and the bytes of
+    shared memory that one block may use, 0 where unknown."""
 
     arch: str
     processors: int
+    shared: int = 0
 
 
 @dataclass(frozen=True)
@@ -46,7 +49,8 @@ class CompileCase:
     options
         ``num_warps`` and the like.
     matrix
-        The operand type that its matrix instructions must have: ``f16``, ``bf16``, ``i8``, ``fp8``, ``fp4``; empty where it multiplies none.
+        The operand type that its matrix instructions must have: ``f16``, ``bf16``, ``i8``, ``fp8``, and with block
+        scales ``nvf4``, ``mxf4``, ``mxf8``; empty where it multiplies none.
     spill
         Bytes of spilled registers for each thread that are allowed: a few words outside of the loop cost nothing.
     unaligned
@@ -97,7 +101,15 @@ def target_of(x: Tensor) -> Target:
 def _gpu(index: int) -> Target:
     found = torch.cuda.get_device_properties(index)
     arch = getattr(found, "gcnArchName", "").partition(":")[0] if torch.version.hip else f"sm_{found.major}{found.minor}"
-    return Target(arch, found.multi_processor_count)
+    shared = getattr(found, "shared_memory_per_block_optin", 0) or getattr(found, "shared_memory_per_block", 0)
+    return Target(arch, found.multi_processor_count, shared)
+
+
+def tile_of(family: str, target: Target, like: str, bits: int, tokens: int, n: int, k: int, kind: str = "") -> Tile | None:
+    """:func:`.triton_tables.tile_for` on ``target``; ``like``: the architecture whose tiles the interpreter takes."""
+    if target.arch == INTERPRETED:
+        return tile_for(family, like, bits, tokens, n, k, kind=kind)
+    return tile_for(family, target.arch, bits, tokens, n, k, kind=kind, processors=target.processors, shared=target.shared)
 
 
 def rows_of(x: Tensor) -> Tensor:

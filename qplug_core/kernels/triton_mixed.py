@@ -15,10 +15,10 @@ from ..support import Refusal
 from ..weight import OpaqueWeight, QuantWeight
 from . import triton_experts
 from .triton_activations import describe, needs_fnuz, quantized, refusals_of
-from .triton_launch import INTERPRETED, CompileCase, operation, refusals, target_of
+from .triton_launch import CompileCase, operation, refusals, target_of, tile_of
 from .triton_pack import PARTS
 from .triton_scaled import LARGEST_K, NUMBERS
-from .triton_tables import splits_of, tile_for
+from .triton_tables import splits_of
 from .triton_weight_only import pack as pack_weight
 
 FAMILY = "mixed"
@@ -124,7 +124,7 @@ def _run(
     from .triton_weight_only_kernels import sum_splits
 
     target = target_of(q)
-    tile = tile_for(FAMILY, "sm_89" if target.arch == INTERPRETED else target.arch, bits, m, n, q.shape[1])
+    tile = tile_of(FAMILY, target, "sm_89", bits, m, n, q.shape[1])
     assert tile is not None, f"no tile for {m} tokens on {target.arch}"
     units = q.shape[1] // (part * PARTS[bits])
     grid = (-(-n // tile["BN"]), -(-m // tile["BM"]))

@@ -16,8 +16,8 @@ from ..support import Refusal
 from ..weight import OpaqueWeight, QuantWeight
 from . import triton_experts, triton_sparse
 from .triton_activations import FP8, describe, halved, needs_fnuz, quantized, refusals_of
-from .triton_launch import INTERPRETED, CompileCase, operation, refusals, target_of
-from .triton_tables import splits_of, tile_for
+from .triton_launch import CompileCase, operation, refusals, target_of, tile_of
+from .triton_tables import splits_of
 
 FAMILY = "scaled"
 DEPTH = 128
@@ -151,7 +151,7 @@ def _scaled(
 
     m, k = q.shape
     target = target_of(q)
-    tile = tile_for(FAMILY, "sm_80" if target.arch == INTERPRETED else target.arch, 8, m, n, k)
+    tile = tile_of(FAMILY, target, "sm_80", 8, m, n, k)
     assert tile is not None, f"no tile for {m} tokens on {target.arch}"
     sizes = tile.arguments()
     if group:

@@ -17,8 +17,8 @@ from ..kernel import PackedWeight
 from ..weight import QuantWeight
 from .triton_activations import describe, halved, quantized
 from .triton_experts import power_of, quantized_experts, tile_of_experts
-from .triton_launch import DTYPES, INTERPRETED, CompileCase, operation, target_of
-from .triton_tables import splits_of, tile_for, tiles
+from .triton_launch import DTYPES, CompileCase, operation, target_of, tile_of
+from .triton_tables import splits_of, tiles
 
 FAMILY = "sparse"
 UNIT = 256
@@ -134,7 +134,7 @@ def _run(
 
     target = target_of(q)
     if ends is None:
-        tile = tile_for(FAMILY, "sm_89" if target.arch == INTERPRETED else target.arch, 8, m, n, q.shape[1])
+        tile = tile_of(FAMILY, target, "sm_89", 8, m, n, q.shape[1])
         assert tile is not None, f"no tile for {m} tokens on {target.arch}"
         grid = (-(-n // tile["BN"]), -(-m // tile["BM"]))
         splits = tile.splits or splits_of(units, grid[0] * grid[1], target.processors)

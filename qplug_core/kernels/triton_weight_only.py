@@ -16,9 +16,9 @@ from ..scheme import NUMBER_TYPES
 from ..support import Refusal
 from ..weight import E2M1, OpaqueWeight, QuantWeight
 from . import triton_experts
-from .triton_launch import INTERPRETED, CompileCase, operation, refusals, rows_of, target_of
+from .triton_launch import CompileCase, operation, refusals, rows_of, target_of, tile_of
 from .triton_pack import NARROWEST, PARTS, by_group, columns_of, pack_codes
-from .triton_tables import Tile, splits_of, tile_for
+from .triton_tables import splits_of
 
 FAMILY = "weight_only"
 SCRATCH = 128 * 2**20
@@ -170,7 +170,8 @@ def _run(
         "KIND": kind, "BITS": bits, "OFFSET": float(offset), "SCALE": scale, "GROUP": group, "ROWS": rows, "S": part
     }  # fmt: skip
     tensors = (codes, scales, zeros, row, table, order)
-    tile = _tile(target.arch, bits, m, n, k)
+    # None: there are so many tokens that the weight is written out.
+    tile = tile_of(FAMILY, target, "sm_80", bits, m, n, k, kind)
     if tile is None:
         return _written_out(y, flat, tensors, bias, constants)
     from .triton_weight_only_kernels import sum_splits, weight_only_gemm
@@ -186,11 +187,6 @@ def _run(
     if splits > 1:
         sum_splits[(-(-m * n // 1024),)](y, parts, bias, m * n, n, splits, BLOCK=1024, num_warps=4)
     return y
-
-
-def _tile(arch: str, bits: int, m: int, n: int, k: int) -> Tile | None:
-    """The tile for this many tokens; None where the weight is to be written out."""
-    return tile_for(FAMILY, "sm_80" if arch == INTERPRETED else arch, bits, m, n, k)
 
 
 def _written_out(

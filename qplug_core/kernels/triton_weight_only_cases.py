@@ -58,7 +58,7 @@ def _cases(number: str, arch: str, variants: tuple[tuple[str, str], ...], subset
             "GROUP": meta["group"], "ROWS": meta["rows"], "S": meta["part"], **absent,
         }  # fmt: skip
         pointer = DTYPES[dtype]
-        rows = tiles(FAMILY, arch, meta["bits"])
+        rows = tiles(FAMILY, arch, meta["bits"], meta["kind"])
         for place, tile in enumerate(rows):
             if subset == "ci" and 0 < place < len(rows) - 1:
                 continue  # The smallest and the largest stand for it.

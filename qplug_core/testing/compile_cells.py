@@ -26,7 +26,9 @@ _TYPES = {
     "bf16": (r"\.bf16\.bf16|kind::f16", r"(_|x\d+)bf16(_1k)?$"),
     "i8": (r"\.s8\.s8|kind::i8", r"(_|x\d+)iu?8$"),
     "fp8": (r"\.e4m3\.e4m3|kind::f8f6f4", r"fp8_fp8\b|_f8f6f4\b"),
-    "mxf4": (r"kind::mxf4|\.e2m1\.e2m1", r"_scale_f32_\w+f8f6f4"),
+    "nvf4": (r"kind::mxf4nvf4\.block_scale\.(block16|scale_vec::4X)", r"(?!)"),
+    "mxf4": (r"kind::mxf4(nvf4)?\.block_scale\.(block32|scale_vec::2X)", r"_scale_f32_\w+f8f6f4"),
+    "mxf8": (r"kind::mxf8f6f4\.block_scale", r"_scale_f32_\w+f8f6f4"),
 }
 """What the name of a matrix instruction holds for a type of operands: in PTX, and in AMD's instructions."""
 _WIDE = {"sm_90": "wgmma"}

@@ -198,15 +198,34 @@ def write_proofs(found: list[Claim]) -> list[Path]:
         )
         for claim in of_package:
             assert claim.entry is not None
-            proofs = body["kernels"].setdefault(claim.name, {})
-            if proofs.get(claim.target, {}).get("status") == "measured":
-                continue
-            proofs.pop(claim.target, None)
-            if claim.holds:
-                proofs[claim.target] = _proof(claim)
+            _record(claim, body["kernels"].setdefault(claim.name, {}))
         path.write_text(json.dumps(body, indent=2) + "\n", encoding="utf-8")
         paths.append(path)
     return paths
+
+
+def _record(claim: Claim, proofs: dict[str, Any]) -> None:
+    """Write one claim into the proofs of its kernel, by target.
+
+    Another version of Triton over the same sources is a line of the proof that is there, ``also``: it replaces nothing and takes nothing away.
+    """
+    old = proofs.get(claim.target, {})
+    if old.get("status") == "measured":
+        return
+    version = importlib.metadata.version("triton")
+    if _same(old, claim) and old["versions"]["triton"] != version:
+        also = set(old.pop("also", [])) - {version} | ({version} if claim.holds else set())
+        if also:
+            old["also"] = sorted(also)
+        return
+    proofs.pop(claim.target, None)
+    if claim.holds:
+        proofs[claim.target] = {**_proof(claim), **({"also": old["also"]} if _same(old, claim) and "also" in old else {})}
+
+
+def _same(old: dict[str, Any], claim: Claim) -> bool:
+    """Whether a proof is of the sources of this claim."""
+    return bool(old.get("sources") == cases_digest(claim.cases))
 
 
 def _by_package(found: list[Claim]) -> Iterator[tuple[str, list[Claim]]]:

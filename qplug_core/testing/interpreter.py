@@ -121,12 +121,41 @@ def repair() -> None:
     }.items():
         setattr(builder, name, function)
     interpreter._convert_float = convert
-    if hasattr(interpreter, "_dot_scaled_scale_to_f32"):
-        stock_scale = interpreter._dot_scaled_scale_to_f32
+    magnitudes = np.array([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
 
-        def scale_to_f32(scale: Any, *rest: Any) -> Any:
-            if scale.dtype.scalar == tl.float8e4nv:
-                return values(scale.data, tl.float8e4nv)
-            return stock_scale(scale, *rest)
+    def scaled(x: Any, scale: Any, number: Any, packed: bool, axis: int) -> Any:
+        """An operand of ``dot_scaled`` in float64, ``axis`` its columns of K. Scales ``[rows, K / group]`` are never transposed."""
+        if number == interpreter._ir.ScaleDotElemTypeTY.E2M1:
+            assert packed, "FP4 operands are packed along K here"
+            codes = np.stack([x.data & 15, x.data >> 4], axis=axis + 1 if axis == 0 else -1)
+            shape = [size * (2 if i == axis else 1) for i, size in enumerate(x.data.shape)]
+            codes = codes.reshape(shape)
+            found = np.where(codes & 8, -1.0, 1.0) * magnitudes[codes & 7]
+        else:
+            found = values(x.data, tl.float8e4nv if number == interpreter._ir.ScaleDotElemTypeTY.E4M3 else x.dtype.scalar)
+        if scale is None:
+            return found
+        if scale.dtype.scalar in types:
+            factor = values(scale.data, scale.dtype.scalar).astype(np.float64)
+        else:
+            factor = np.where(scale.data == 255, np.nan, np.exp2(scale.data.astype(np.float64) - 127.0))
+        factor = np.repeat(factor, found.shape[axis] // factor.shape[1], axis=1)
+        return found * (factor.T if axis == 0 else factor)
 
-        interpreter._dot_scaled_scale_to_f32 = scale_to_f32
+    def create_dot_scaled(
+        self: Any,
+        a: Any,
+        a_scale: Any,
+        a_type: Any,
+        b: Any,
+        b_scale: Any,
+        b_type: Any,
+        fast: Any,
+        a_packed: Any,
+        b_packed: Any,
+        c: Any,
+    ) -> Any:
+        product = scaled(a, a_scale, a_type, a_packed, 1) @ scaled(b, b_scale, b_type, b_packed, 0)
+        return handle(product.astype(np.float32) + c.data, tl.float32)
+
+    builder.create_dot_scaled = create_dot_scaled

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -52,6 +54,24 @@ def test_judgement_of_a_cell(cell: Cell, found: str) -> None:
         ("i8", "gfx942", "v_mfma_i32_32x32x16_i8"),
         ("fp8", "gfx942", "v_mfma_f32_32x32x16_fp8_fp8"),
         ("fp8", "sm_90", "wgmma.mma_async.sync.aligned.m64n16k32.f32.e4m3.e4m3"),
+        ("nvf4", "sm_100", "tcgen05.mma.cta_group::1.kind::mxf4nvf4.block_scale.block16"),
+        (
+            "nvf4",
+            "sm_120",
+            "mma.sync.aligned.m16n8k64.row.col.kind::mxf4nvf4.block_scale.scale_vec::4X.f32.e2m1.e2m1.f32.ue4m3",
+        ),
+        ("mxf4", "sm_100", "tcgen05.mma.cta_group::1.kind::mxf4.block_scale.block32"),
+        (
+            "mxf4",
+            "sm_120",
+            "mma.sync.aligned.m16n8k64.row.col.kind::mxf4nvf4.block_scale.scale_vec::2X.f32.e2m1.e2m1.f32.ue8m0",
+        ),
+        ("mxf4", "gfx950", "v_mfma_scale_f32_16x16x128_f8f6f4"),
+        (
+            "mxf8",
+            "sm_120",
+            "mma.sync.aligned.m16n8k32.row.col.kind::mxf8f6f4.block_scale.scale_vec::1X.f32.e4m3.e4m3.f32.ue8m0",
+        ),
     ],
 )
 def test_names_of_matrix_instructions(matrix: str, target: str, name: str) -> None:
@@ -114,6 +134,29 @@ def test_proofs_are_about_these_sources() -> None:
     now = {(c.name, c.target): compile_matrix.cases_digest(c.cases) for c in claims}
     stale = [f"{name} on {target}" for name, target, sources in proofs if now.get((name, target)) != sources]
     assert not stale, f"compiled from other sources: {', '.join(stale)}; run {compile_matrix.COMMAND}"
+
+
+def test_another_version_of_triton_adds_to_a_proof_and_takes_nothing_from_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    entry = next(e for e in get_registry().kernels if e.decl.name == "gptq.triton_wna16")
+    stock = importlib.metadata.version
+    in_use = ["3.9.0"]
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: in_use[0] if name == "triton" else stock(name))
+    case = CompileCase("c", "qplug_core.kernels.triton_weight_only:x", {}, {}, {})
+    good, bad = (Claim(entry, "sm_80", [case], [Cell("c", "sm_80", problem=text)]) for text in ("", "spills"))
+    proofs: dict[str, Any] = {}
+    compile_matrix._record(good, proofs)
+    assert proofs["sm_80"]["versions"]["triton"] == "3.9.0"
+    in_use[0] = "3.6.0"
+    compile_matrix._record(good, proofs)
+    assert (proofs["sm_80"]["versions"]["triton"], proofs["sm_80"]["also"]) == ("3.9.0", ["3.6.0"])
+    compile_matrix._record(bad, proofs)
+    assert "also" not in proofs["sm_80"]
+    compile_matrix._record(good, proofs)
+    in_use[0] = "3.9.0"
+    compile_matrix._record(good, proofs)
+    assert proofs["sm_80"]["also"] == ["3.6.0"]
+    compile_matrix._record(bad, proofs)
+    assert proofs == {}
 
 
 def test_a_failed_cell_takes_the_claim_away() -> None:

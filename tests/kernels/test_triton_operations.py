@@ -11,6 +11,7 @@ from torch import Tensor
 
 from qplug_core.kernel import Kernel
 from qplug_core.kernels.triton_kv_cache import kv_store
+from qplug_core.kernels.triton_microscaled import TritonMicroscaled
 from qplug_core.kernels.triton_mixed import TritonMixed
 from qplug_core.kernels.triton_scaled import TritonScaled
 from qplug_core.kernels.triton_weight_only import TritonWeightOnly
@@ -37,8 +38,14 @@ class Mixed(TritonMixed):
     act = "fp8_e4m3"
 
 
+class Microscaled(TritonMicroscaled):
+    name = "test.triton_nvfp4"
+    scale = "e4m3"
+
+
 CASES = (
     (WeightOnly(), "W4A16_g32"), (Scaled(), "W8A8_a:asym"), (Scaled(), "W8A8_2:4"), (Mixed(), "W4Afp8_g32_asym"),
+    (Microscaled(), "Wnvfp4Anvfp4"),
 )  # fmt: skip
 
 

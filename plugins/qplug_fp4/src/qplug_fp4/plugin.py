@@ -117,6 +117,31 @@ def qplug_kernels() -> list[KernelDecl]:
             requires=("triton>=3.6",),
             summary="FP8 matrix units, FP4 codes widened in registers",
         ),
+        KernelDecl(
+            "fp4.triton_wnvfp4anvfp4",
+            impl="qplug_fp4.kernels.triton_wnvfp4anvfp4:TritonWNVFP4ANVFP4",
+            ops=OPS,
+            schemes=("Wnvfp4Anvfp4 g16 a:g16.local",),
+            devices=("sm_100+",),
+            rank=OPTIMIZED + 1,
+            dtypes=("bfloat16", "float16"),
+            requires=("triton>=3.6",),
+            summary="FP4 matrix units with block scales",
+        ),
+        KernelDecl(
+            "fp4.triton_wmxamx",
+            impl="qplug_fp4.kernels.triton_wmxamx:TritonWMXAMX",
+            ops=OPS,
+            schemes=(
+                "Wmxfp4A{mxfp4,mxfp8} g32 a:g32 rules=ct|floor|ceil|even|up",
+                "Wmxfp8Amxfp8 g32 a:g32 rules=ct|floor|ceil|even|up",
+            ),
+            devices=("sm_100+", "gfx950"),
+            rank=OPTIMIZED + 1,
+            dtypes=("bfloat16", "float16"),
+            requires=("triton>=3.6",),
+            summary="FP4 and FP8 matrix units with block scales",
+        ),
     ]
 
 

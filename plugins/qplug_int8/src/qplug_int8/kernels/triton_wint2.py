@@ -12,8 +12,8 @@ from torch import Tensor
 from qplug_core.device import Device
 from qplug_core.kernel import Kernel, PackedWeight, Problem
 from qplug_core.kernels.triton_experts import power_of, prepared, tile_of_experts
-from qplug_core.kernels.triton_launch import DTYPES, INTERPRETED, CompileCase, operation, refusals, rows_of, target_of
-from qplug_core.kernels.triton_tables import splits_of, tile_for, tiles
+from qplug_core.kernels.triton_launch import DTYPES, CompileCase, operation, refusals, rows_of, target_of, tile_of
+from qplug_core.kernels.triton_tables import splits_of, tiles
 from qplug_core.support import Refusal
 from qplug_core.weight import OpaqueWeight, QuantWeight
 
@@ -114,9 +114,8 @@ def _run(
 
     (m, k), target, splits, count = x.shape, target_of(x), 1, 1
     if ends is None:
-        arch = "sm_80" if target.arch == INTERPRETED else target.arch
-        tile = tile_for(FAMILY, arch, 2, min(m, MOST), n, k)
-        assert tile is not None, f"no tile for {m} tokens on {arch}"
+        tile = tile_of(FAMILY, target, "sm_80", 2, min(m, MOST), n, k)
+        assert tile is not None, f"no tile for {m} tokens on {target.arch}"
         grid = (-(-n // tile["BN"]), -(-m // tile["BM"]))
         splits = tile.splits or splits_of(k // 64, grid[0] * grid[1], target.processors)
     else:
