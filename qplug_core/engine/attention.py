@@ -1,4 +1,5 @@
-"""Own attention for Hugging Face models, through transformers' registry: one new token in C, everything else as ``sdpa`` does it.
+"""Own attention for Hugging Face models, through transformers' registry: one new token in C, a long prompt in bfloat16 block by block with matrix
+products, everything else as ``sdpa`` does it.
 
 A model takes part where transformers chose ``sdpa`` for it and it asks the registry by name. Models with soft caps or attention sinks, for
 which transformers chooses its eager attention, keep that.
@@ -6,6 +7,7 @@ which transformers chooses its eager attention, keep that.
 
 from __future__ import annotations
 
+import functools
 import inspect
 import logging
 import re
@@ -19,11 +21,12 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from ..kernels import cpu_attention
+from ..kernels.torch_c import plain
 from .describe import Description
 from .slab import Held
 
 NAME = "qplug"
-_UNDERSTOOD = frozenset(
+UNDERSTOOD = frozenset(
     (
         "position_ids",
         "use_cache",
@@ -35,6 +38,9 @@ _UNDERSTOOD = frozenset(
     )
 )
 """Arguments of models that change nothing for one token: what they say is in the mask and the cache already."""
+
+LONG, ROWS, MOST = 64, 64, 1 << 18
+"""Tokens of a prompt from which on it is multiplied block by block; tokens of a block; sequences x heads x tokens up to which, for the memory."""
 
 log = logging.getLogger(__name__)
 
@@ -54,8 +60,15 @@ def attend(
     query ``[B, H, T, D]``, key and value ``[B, HKV, S, D]``, which may be :class:`~qplug_core.engine.slab.Held`, attention_mask
     ``[B, 1 or H, T, S]`` bool or None; to ``[B, T, H, D]``.
     """
+    if (
+        query.shape[2] >= LONG
+        and attention_mask is None
+        and not dropout
+        and _takes_prompt(module, query, key, value, kwargs)
+    ):
+        return _prompt(query, key, value, query.shape[-1] ** -0.5 if scaling is None else scaling), None
     if query.shape[2] == 1 and not dropout:
-        if unknown := [name for name, given in kwargs.items() if given is not None and name not in _UNDERSTOOD]:
+        if unknown := [name for name, given in kwargs.items() if given is not None and name not in UNDERSTOOD]:
             _say_once(f"the model gives {', '.join(unknown)}")
         elif (
             out := _one_token(query, key, value, attention_mask, query.shape[-1] ** -0.5 if scaling is None else scaling)
@@ -65,6 +78,44 @@ def attend(
         module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
     )
     return out, weights
+
+
+def _takes_prompt(module: Any, query: Tensor, key: Tensor, value: Tensor, kwargs: dict[str, Any]) -> bool:
+    """Whether all tokens are new and see those before them, in numbers that this CPU has products for."""
+    asked = any(given is not None and (name not in UNDERSTOOD or name == "is_causal") for name, given in kwargs.items())
+    if (
+        asked
+        or getattr(module, "is_causal", True) is not True
+        or query.shape[2] != key.shape[2]
+        or query.shape[1] % key.shape[1]
+    ):
+        return False
+    if not all(plain(t) and t.dtype == torch.bfloat16 for t in (query, key, value)) or torch.is_grad_enabled():
+        return False
+    return query.shape[0] * query.shape[1] * query.shape[2] <= MOST and _products()
+
+
+@functools.cache
+def _products() -> bool:
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def _prompt(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+    """Causal attention ``[B, T, H, DV]``: scores in float32, probabilities rounded to bfloat16, ``ROWS`` tokens at a time over those before them."""
+    (batch, heads, tokens, depth), kv_heads = query.shape, key.shape[1]
+    out = query.new_empty(batch, tokens, heads, value.shape[3])
+    hidden = torch.ones(ROWS, ROWS, dtype=torch.bool).triu(1)
+    scaled = (key.float() * scaling).transpose(2, 3)
+    for start in range(0, tokens, ROWS):
+        end = min(start + ROWS, tokens)
+        shared = batch, kv_heads, heads // kv_heads * (end - start)
+        scores = query[:, :, start:end].reshape(*shared, depth).float() @ scaled[..., :end]
+        scores = scores.view(batch, heads, end - start, end)
+        scores[..., start:].masked_fill_(hidden[: end - start, : end - start], float("-inf"))
+        weights = torch.softmax(scores, -1).to(query.dtype).view(*shared, end)
+        seen = (weights @ value[:, :, :end]).view(batch, heads, end - start, -1)
+        out[:, start:end] = seen.transpose(1, 2)
+    return out
 
 
 def _one_token(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float) -> Tensor | None:

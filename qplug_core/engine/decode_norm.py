@@ -43,6 +43,11 @@ def same(module: nn.Module) -> bool:
     return near and bool((theirs != ours).float().mean() < 0.02)
 
 
+def own_norm(module: nn.Module) -> bool:
+    """Whether the norm runs in C already."""
+    return type(vars(module).get("forward")) is _Forward
+
+
 def _epsilon(module: nn.Module) -> float | None:
     values = [getattr(module, name) for name in _EPSILON if isinstance(getattr(module, name, None), float)]
     return values[0] if len(values) == 1 else None

@@ -35,6 +35,7 @@ from ..source import Source
 from .attention import use_own_attention
 from .cache import bytes_per_token, quant_cache
 from .decode import DecodeLoop, kept_loop
+from .decode_layer import use_own_layers
 from .decode_norm import use_own_norms
 from .describe import Description, describe
 from .memory import Heap, trim
@@ -326,6 +327,7 @@ def load(
     if device == "cpu" and kernels != "reference":
         plan.notes += use_own_attention(model, described)
         use_own_norms(model)
+        use_own_layers(model)
     return Engine(model, plan, source, methods, coders, described.slots)
 
 

@@ -83,6 +83,22 @@ class Room:
         self.used = slab.narrow(2, self.start, count + tokens)
         return self.used
 
+    def fits(self, held: Tensor | None) -> bool:
+        """Whether one more token goes behind ``held`` without a copy."""
+        return (
+            held is not None
+            and held is self.used
+            and self.slab is not None
+            and self.start + held.shape[2] < self.slab.shape[2]
+        )
+
+    def extend(self) -> Tensor:
+        """One token more, which the caller writes."""
+        assert self.slab is not None
+        assert self.used is not None
+        self.used = self.slab.narrow(2, self.start, self.used.shape[2] + 1)
+        return self.used
+
     def last(self, tokens: int) -> Tensor:
         """Forget all but the last ``tokens``."""
         assert self.used is not None
@@ -136,6 +152,14 @@ class SlabLayer(DynamicLayer):  # type: ignore[misc]
         k, v = self.rooms
         self.keys, self.values = k.append(self.keys, key_states), v.append(self.values, value_states)
         return k.shown(self.keys, key_states), v.shown(self.values, value_states)
+
+    def extend(self) -> tuple[Tensor, Tensor] | None:
+        """All keys and values with one token more, which the caller writes; None where that takes more than storage at hand."""
+        k, v = self.rooms
+        if self.coders is not None or not k.fits(self.keys) or not v.fits(self.values):
+            return None
+        self.keys, self.values = k.extend(), v.extend()
+        return self.keys, self.values
 
 
 class SlabSlidingLayer(DynamicSlidingWindowLayer):  # type: ignore[misc]

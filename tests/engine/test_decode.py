@@ -360,3 +360,34 @@ def test_a_model_that_prepares_its_own_inputs_keeps_transformers_loop(llama_fold
     assert "prepare_inputs_for_generation" in kept_loop(engine.model)
     monkeypatch.setattr(DecodeLoop, "_decode", refuse)
     assert engine.generate(PROMPTS, 8) == right
+
+
+@pytest.mark.skipif(not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="no bfloat16 products on this CPU")
+@pytest.mark.parametrize("tokens", [64, 65, 200])
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+def test_a_long_prompt_is_attended_as_exactly_as_torch_does(kv_heads, tokens, monkeypatch):
+    """Block by block, over keys that lie apart as a cache's do; what it does not take goes to torch."""
+
+    class Module(nn.Module):
+        is_causal, num_key_value_groups = True, 4 // kv_heads
+
+    torch.manual_seed(tokens)
+    q = torch.randn(2, tokens, 4, 32).bfloat16().transpose(1, 2) * 3
+    k, v = (torch.randn(2, kv_heads, tokens + 50, d).bfloat16()[:, :, :tokens] for d in (32, 48))
+    exact = engine_attention.sdpa_attention_forward(Module(), q.double(), k.double(), v.double(), None, scaling=0.3)[0]
+    theirs = engine_attention.sdpa_attention_forward(Module(), q, k, v, None, scaling=0.3)[0]
+    with monkeypatch.context() as patch, torch.inference_mode():
+        patch.setattr(engine_attention, "sdpa_attention_forward", refuse)
+        ours = engine_attention.attend(Module(), q, k, v, None, scaling=0.3)[0]
+    errors = [float((y.double() - exact).norm() / exact.norm()) for y in (ours, theirs)]
+    assert errors[0] < 1.5 * errors[1]
+    monkeypatch.setattr(engine_attention, "_prompt", refuse)
+    mask = torch.ones(2, 1, tokens, tokens, dtype=torch.bool).tril()
+    short = (q[:, :, :40], k[:, :, :40], v[:, :, :40])
+    with torch.inference_mode():
+        for given, options in (((q, k, v, mask), {}), ((q[:, :, 1:], k, v, mask[:, :, 1:]), {}), ((*short, None), {}),
+                               ((q.float(), k.float(), v.float(), None), {}), ((q, k, v, None), {"is_causal": False})):  # fmt: skip
+            engine_attention.attend(Module(), *given, scaling=0.3, **options)
+    monkeypatch.setattr(engine_attention, "MOST", 100)
+    with torch.inference_mode():
+        engine_attention.attend(Module(), q, k, v, None, scaling=0.3)
