@@ -1,11 +1,13 @@
 """Linear kernels on this CPU against the goals of the project: parts that are measured one by one, in one result file.
 
     python benchmarks/cpu_linear.py measure OUT.json 4096x4096 W4A16_g128 W8A8 [--peers] [--m 1,8,512] [--threads 2] [--seconds 0.25]
+    python benchmarks/cpu_linear.py parts OUT.json | sh
     python benchmarks/cpu_linear.py table OUT.json [--into docs/kernels.md]
     python benchmarks/cpu_linear.py plot OUT.json OUT.svg
 
 A part is one shape: bf16, the read limit, the best kernel for each scheme, and with ``--peers`` other libraries, which take turns as in
-``qplug bench``. A new part replaces what the file holds of the same shape, schemes and ``--peers``. Ratios are taken within a part.
+``qplug bench``. A new part replaces what the file holds of the same shape, schemes and ``--peers``. Ratios are taken within a part, and the
+table has one line for each scheme, shape and M. ``parts`` prints the commands that measure everything which has a goal.
 """
 
 from __future__ import annotations
@@ -22,9 +24,10 @@ import torch
 
 from qplug_core.bench.contender import Contender, beyond_cache, of_bf16, of_kernel
 from qplug_core.bench.limits import Limits, measure_limits
+from qplug_core.bench.peer import ROUNDS
 from qplug_core.bench.peers import peers_of
 from qplug_core.bench.results import machine_facts, rows_of
-from qplug_core.bench.run import others, parsed, sample_weight, screen, taking
+from qplug_core.bench.run import SHAPES, others, parsed, sample_weight, screen, taking
 from qplug_core.bench.timing import take_turns
 from qplug_core.device import Device
 from qplug_core.quantizer import online_scheme
@@ -56,6 +59,15 @@ WORDS = {
     "of_limit": "of read limit", "of_peer": "x best peer", "of_onednn": "x oneDNN", "of_bf16": "x bf16", "of_w4": "x W4A16_g128",
 }  # fmt: skip
 ONEDNN = ("vLLM oneDNN W8A8", "torch._int_mm")
+AS_LARGE = {"Wfp8A16": "W8A16"}
+"""Schemes that no other library multiplies with: those whose peers read as much."""
+PARTS = (
+    ("W4A16_g128 --peers", 0.15),
+    ("W8A16 Wfp8A16 --peers", 0.15),
+    ("W8A8 --peers", 0.2),
+    ("W4A16_g128 W2A16_g128 WNF4A16 Wmxfp4A16 Wnvfp4A16", 0.2),
+)
+"""Schemes of each part of the whole table, and seconds for each contender and M."""
 START, END = "<!-- cpu_linear: generated -->", "<!-- cpu_linear: end -->"
 
 
@@ -116,28 +128,63 @@ def keep(path: Path, part: dict[str, Any]) -> None:
     path.write_text(json.dumps(body, indent=1) + "\n", encoding="utf-8")
 
 
+def latest(body: dict[str, Any]) -> Iterator[tuple[dict[str, Any], Row, list[Row]]]:
+    """One row of ours for each scheme, shape and M: that of the newest part, its part, and peers with ``ratio``, times theirs by ours.
+
+    Peers are those of the newest part that has any for the row, and their ratios are to our row there.
+    """
+    found: dict[tuple[Any, ...], list[tuple[dict[str, Any], Row]]] = {}
+    for part in sorted(body["parts"], key=lambda p: p["machine"]["date"]):
+        for row in (r for r in part["rows"] if r["kind"] == "qplug"):
+            found.setdefault((place(row["scheme"]), row["scheme"], row["n"] * row["k"], row["k"], row["m"]), []).append(
+                (part, row)
+            )
+    for key in sorted(found):
+        part, row = found[key][-1]
+        peers = next((p for each in reversed(found[key]) if (p := peers_beside(*each))), [])
+        yield part, row, peers
+
+
+def place(scheme: str) -> int:
+    """Where a scheme stands in the table: those with goals first."""
+    return list(GOALS).index(scheme) if scheme in GOALS else len(GOALS)
+
+
+def peers_beside(part: dict[str, Any], row: Row) -> list[Row]:
+    """Rows of peers for the weights of ``row``, fastest first, with ``ratio``; where there are none, for others that are as large."""
+    here = [r for r in part["rows"] if r["kind"] == "peer" and r["m"] == row["m"]]
+    own = [r for r in here if r["scheme"] == row["scheme"]]
+    near = [r | {"name": f"{r['name']} ({r['scheme']})"} for r in here if r["scheme"] == AS_LARGE.get(row["scheme"])]
+    return sorted(({**r, "ratio": r["ms"] / row["ms"]} for r in own or near), key=lambda r: float(r["ms"]))
+
+
+def keeps_x(peer: Row) -> bool:
+    """Whether a peer multiplies with 16-bit activations, and does not round them to int8."""
+    return ROUNDS not in peer["note"] and not peer["scheme"].endswith("A8")
+
+
 def judged(body: dict[str, Any]) -> Iterator[tuple[Row, Row | None, dict[str, float], list[tuple[Goal, float | None]]]]:
-    """Each of our rows with the fastest peer of its part, its ratios, and its goals, each with what was reached."""
-    for part in body["parts"]:
-        rows = part["rows"]
-        for row in (r for r in rows if r["kind"] == "qplug"):
-            here = [r for r in rows if r["m"] == row["m"]]
-            peers = [r for r in here if r["kind"] == "peer" and r["scheme"] == row["scheme"]]
-            peer = min(peers, key=lambda r: r["ms"], default=None)
-            ratios = {key: row[key] for key in ("of_bf16", "of_peer") if row[key] is not None}
-            ratios["of_limit"] = row["gb_per_s"] / part["read_gb_per_s"]
-            first = next((r for r in here if r["scheme"] == "W4A16_g128" and r["kind"] == "qplug"), None)
-            if first is not None:
-                ratios["of_w4"] = first["ms"] / row["ms"]
-            if library := [r["ms"] for r in peers if r["name"] in ONEDNN]:
-                ratios["of_onednn"] = min(library) / row["ms"]
-            goals = GOALS.get(row["scheme"], {}).get(row["m"], [])
-            yield row, peer, ratios, [(goal, ratios.get(goal[0])) for goal in goals]
+    """Each row of :func:`latest` with its fastest peer, its ratios, and its goals, each with what was reached."""
+    for part, row, peers in latest(body):
+        ratios = {"of_limit": row["gb_per_s"] / part["read_gb_per_s"]}
+        if row["of_bf16"] is not None:
+            ratios["of_bf16"] = row["of_bf16"]
+        if peers:
+            ratios["of_peer"] = peers[0]["ratio"]
+        here = [r for r in part["rows"] if r["m"] == row["m"] and r["kind"] == "qplug"]
+        first = next((r for r in here if r["scheme"] == "W4A16_g128"), None)
+        if first is not None:
+            ratios["of_w4"] = first["ms"] / row["ms"]
+        if library := [r["ratio"] for r in peers if r["name"] in ONEDNN]:
+            ratios["of_onednn"] = min(library)
+        goals = GOALS.get(row["scheme"], {}).get(row["m"], [])
+        yield row, peers[0] if peers else None, ratios, [(goal, ratios.get(goal[0])) for goal in goals]
 
 
 def table(body: dict[str, Any]) -> str:
     """Markdown: what was measured where, and a line for each kernel."""
-    parts = body["parts"]
+    lines_of = list(latest(body))
+    parts = list({id(part): part for part, _, _ in lines_of}.values())
     facts = [p["machine"] for p in parts]
     reads = [p["read_gb_per_s"] for p in parts]
     products = [p["matmul_tflop_per_s"] for p in parts]
@@ -147,24 +194,34 @@ def table(body: dict[str, Any]) -> str:
         f"{dates[0][:16]} to {dates[-1][:16]} UTC. Reading {min(reads):.1f} to {max(reads):.1f} GB/s, bf16 products {min(products):.2f} to "
         f"{max(products):.2f} TFLOP/s; ratios are within a part.",
         "",
-        "| scheme | [N, K] | M | ms | GB/s | of read limit | x bf16 | best peer | its ms | goals |",
+        "| scheme | [N, K] | M | ms | GB/s | of read limit | x bf16 | best peer with 16-bit x | best peer with int8 x | goals |",
         "|---" * 10 + "|",
     ]
     met = total = 0
-    for row, peer, ratios, goals in judged(body):
+    for (row, _, ratios, goals), (_, _, peers) in zip(judged(body), lines_of, strict=True):
         said = []
         for (key, least), reached in goals:
+            total, met = total + 1, met + (reached is not None and reached >= least)
             if reached is None:
-                said.append(f"{WORDS[key]} >= {least:g}: no peer" if key == "of_peer" else "")
-                continue
-            total, met = total + 1, met + (reached >= least)
-            said.append(f"{WORDS[key]} {reached:.2f}, {'met' if reached >= least else f'**missed** ({least:g})'}")
-        other = ["-", "-"] if peer is None else [peer["name"], f"{peer['ms']:.3f}"]
+                said.append(f"{WORDS[key]} >= {least:g}: **not measured**")
+            else:
+                said.append(f"{WORDS[key]} {reached:.2f}, {'met' if reached >= least else f'**missed** ({least:g})'}")
+        beside = [next((p for p in peers if keeps_x(p) == kept), None) for kept in (True, False)]
+        others_of = ["-" if p is None else f"{p['name']}, {p['ms']:.3f} ms: {p['ratio']:.2f}" for p in beside]
         lines.append(
             f"| {row['scheme']} | [{row['n']}, {row['k']}] | {row['m']} | {row['ms']:.3f} | {row['gb_per_s']:.1f} | "
-            f"{ratios['of_limit']:.0%} | {ratios.get('of_bf16', 0.0):.2f} | {' | '.join(other)} | {'; '.join(filter(None, said))} |"
+            f"{ratios['of_limit']:.0%} | {ratios.get('of_bf16', 0.0):.2f} | {' | '.join(others_of)} | {'; '.join(said)} |"
         )
-    return "\n".join([*lines, "", f"{met} of {total} goals met."])
+    return "\n".join(
+        [*lines, "", f"{met} of {total} goals met. Goals that name the best peer count the faster one of both columns."]
+    )
+
+
+def commands(out: Path) -> Iterator[str]:
+    """A command for each part of the whole table, each short enough that other processes can be held up while it runs."""
+    for n, k in SHAPES:
+        for schemes, seconds in PARTS:
+            yield f"{sys.executable} {sys.argv[0]} measure {out} {n}x{k} {schemes} --seconds {seconds}"
 
 
 def into(path: Path, text: str) -> None:
@@ -213,6 +270,8 @@ def main() -> None:
     show = verbs.add_parser("table", help="Markdown of all parts, with goals met and missed")
     show.add_argument("out", type=Path)
     show.add_argument("--into", type=Path, help="a file with marks, between which the table goes")
+    every = verbs.add_parser("parts", help="print the commands that measure the whole table")
+    every.add_argument("out", type=Path)
     picture = verbs.add_parser("plot", help="speed by M relative to bf16 (needs matplotlib)")
     picture.add_argument("out", type=Path)
     picture.add_argument("target", type=Path)
@@ -224,6 +283,8 @@ def main() -> None:
             part = measure(n, k, options.schemes, [int(m) for m in options.m.split(",")], options.peers, options.seconds)
         keep(options.out, part)
         print(table({"parts": [part]}))
+    elif options.verb == "parts":
+        print("\n".join(commands(options.out)))
     elif options.verb == "plot":
         plot(read(options.out), options.target)
     elif options.into:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -61,13 +61,19 @@ def copies(beyond: int, nbytes: int, make: Callable[[int], Call]) -> list[Call]:
 def of_kernel(kernel: Kernel, weight: QuantWeight, name: str, beyond: int) -> Contender:
     """A kernel with ``weight``, which is on the device of the run."""
     packed = kernel.pack(weight)
+    # Packing again gives memory of the kind that an engine's weights are in. Where it shares what it was given, as the reference kernel's does,
+    # a deep copy does not, and keeps tensors that share storage sharing it.
+    shares = bool(_storages(weight.tensors().values()) & _storages(packed.tensors.values()))
 
     def make(index: int) -> Call:
-        # A deep copy keeps tensors that share storage sharing it, which the reference kernel relies on.
-        own: PackedWeight = copy.deepcopy(packed)
+        own: PackedWeight = copy.deepcopy(packed) if shares else kernel.pack(weight)
         return lambda x: kernel.apply(x, own)
 
     return Contender(name, "qplug", copies(beyond, packed.nbytes, make), packed.nbytes)
+
+
+def _storages(tensors: Iterable[Tensor]) -> set[int]:
+    return {t.untyped_storage().data_ptr() for t in tensors}
 
 
 def of_bf16(weight: Tensor, beyond: int) -> Contender:

@@ -14,6 +14,8 @@ from ..weight import QuantWeight
 from .contender import Contender
 
 BF16 = torch.bfloat16
+ROUNDS = "quantizes x to int8"
+"""In the note of a peer that does so where the scheme keeps x: a faster product, and another one."""
 
 
 class Peer(ABC):

@@ -18,7 +18,7 @@ from ..device import Device
 from ..scheme import QuantScheme
 from ..weight import QuantWeight
 from .contender import Call, Contender, copies
-from .peer import Peer, integers, unsigned
+from .peer import ROUNDS, Peer, integers, unsigned
 
 F32, Q4_0, Q8_0 = 0, 2, 8
 """``enum ggml_type``."""
@@ -57,7 +57,7 @@ class LlamaCpp(Peer):
             return lambda run: model.compute(run, index)
 
         calls = copies(beyond, stored.nbytes, make)
-        note = f"as {'Q4_0' if kind == Q4_0 else 'Q8_0'}{', repacked' if model.repacked else ''}; quantizes x to int8"
+        note = f"as {'Q4_0' if kind == Q4_0 else 'Q8_0'}{', repacked' if model.repacked else ''}; {ROUNDS}"
         return Contender(self.name, "peer", calls, stored.nbytes, model.prepare, model.product, note)
 
 

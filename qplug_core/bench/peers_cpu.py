@@ -17,7 +17,7 @@ from ..device import Device
 from ..scheme import QuantScheme
 from ..weight import QuantWeight
 from .contender import Call, Contender, copies
-from .peer import BF16, Peer, integers, unsigned, zeros
+from .peer import BF16, ROUNDS, Peer, integers, unsigned, zeros
 from .peers_torch import dynamic_w8a8, to_bf16
 
 
@@ -57,7 +57,7 @@ class OnnxRuntime(Peer):
         def prepare(x: Tensor) -> Any:
             return numpy.ascontiguousarray(x.float().numpy())
 
-        note = "quantizes x to int8" if self.level == 4 else ""
+        note = ROUNDS if self.level == 4 else ""
         return Contender(self.name, "peer", copies(beyond, nbytes, make), nbytes, prepare, torch.from_numpy, note)
 
     def _model(self, weight: QuantWeight) -> tuple[bytes, int]:

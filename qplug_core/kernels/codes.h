@@ -73,31 +73,39 @@ INLINE vf field(int type, const Mask *masks, const float *table, const uint32_t 
 }
 
 #if defined(__AVX512BF16__)
-/* Tables of bfloat16 for codes. Up to 4 bits: `words` by the five lowest bits of a half word, so that nothing need be masked.
+/* Tables of bfloat16 for codes. Up to 4 bits: `words` by the five lowest bits of a half word, so that nothing need be masked,
+ * and `less` by a code less its zero point, which is -16 to 15.
  * 8 bits: the halves of the magnitude by the seven low bits; the sign is that of the code. Codes of INT8 take the table by their absolute
  * value: -128 has index 0, and code 0 is sorted out. */
 typedef struct {
-    __m512i words, high[2], low[2], order; /* order: of 64 bytes [4 columns][16 rows], to columns side by side */
+    __m512i words, less, high[2], low[2], order; /* order: of 64 bytes [4 columns][16 rows], to columns side by side */
 } Tables;
 
+/* Values of codes up to 4 bits, which are the lowest bits of half words; centred, or less `zero`, half words too, where that is given. */
+INLINE __m512i values_of(int type, const Tables *t, const __m512i *zero, __m512i codes) {
+    if (!zero) return _mm512_permutexvar_epi16(codes, t->words);
+    const __m512i mask = _mm512_set1_epi16((short)((1 << bits_of(type)) - 1));
+    return _mm512_permutexvar_epi16(_mm512_sub_epi16(_mm512_and_si512(codes, mask), *zero), t->less);
+}
+
 /* The unit at w as unit/2 vectors of bfloat16, each with two columns of every row side by side: columns pair_of(i, 0) and pair_of(i, 1). */
-INLINE void pairs(int type, const Tables *t, const uint32_t *w, __m512i *out) {
+INLINE void pairs(int type, const Tables *t, const uint32_t *w, const __m512i *zero, __m512i *out) {
     if (type == INT3) {
         const __m512i a = _mm512_loadu_si512(w), b = _mm512_loadu_si512(w + 16), c = _mm512_loadu_si512(w + 32);
         const __m512i unit = _mm512_set1_epi16(1), two = _mm512_set1_epi16(2);
         UNROLL for (int j = 0; j < 5; j++) {
-            out[j] = _mm512_permutexvar_epi16(_mm512_srli_epi16(a, 3 * j), t->words);
-            out[5 + j] = _mm512_permutexvar_epi16(_mm512_srli_epi16(b, 3 * j), t->words);
-            out[10 + j] = _mm512_permutexvar_epi16(_mm512_srli_epi16(c, 3 * j), t->words);
+            out[j] = values_of(type, t, zero, _mm512_srli_epi16(a, 3 * j));
+            out[5 + j] = values_of(type, t, zero, _mm512_srli_epi16(b, 3 * j));
+            out[10 + j] = values_of(type, t, zero, _mm512_srli_epi16(c, 3 * j));
         }
         __m512i last = _mm512_ternarylogic_epi32(_mm512_srli_epi16(a, 15), _mm512_srli_epi16(b, 14), two, 0xf8); /* a | (b & two) */
         last = _mm512_or_si512(last, _mm512_slli_epi16(_mm512_and_si512(_mm512_srli_epi16(c, 15), unit), 2));
-        out[15] = _mm512_permutexvar_epi16(last, t->words);
+        out[15] = values_of(type, t, zero, last);
         return;
     }
     const __m512i q = _mm512_loadu_si512(w);
     if (bits_of(type) < 8) {
-        UNROLL for (int j = 0; j < unit_of(type) / 2; j++) out[j] = _mm512_permutexvar_epi16(_mm512_srli_epi16(q, bits_of(type) * j), t->words);
+        UNROLL for (int j = 0; j < unit_of(type) / 2; j++) out[j] = values_of(type, t, zero, _mm512_srli_epi16(q, bits_of(type) * j));
         return;
     }
     const __m512i bytes = _mm512_permutexvar_epi8(t->order, q), index = type == INT8 ? _mm512_abs_epi8(bytes) : bytes;
@@ -133,9 +141,11 @@ INLINE float magnitude(int type, int code) {
 /* Tables of a type; integers up to 4 bits are centred. `table` as for LUT4. */
 static void make_tables(int type, const float *table, Tables *to) {
     const int count = 1 << bits_of(type);
-    uint16_t words[32];
+    uint16_t words[32], less[32];
     for (int i = 0; i < 32; i++) words[i] = bf16_of(count > 16 ? 0.0f : type == LUT4 ? table[i % count] : (float)(i % count) - middle_of(type));
+    for (int i = 0; i < 32; i++) less[i] = bf16_of((float)(i < 16 ? i : i - 32));
     to->words = _mm512_loadu_si512(words);
+    to->less = _mm512_loadu_si512(less);
     uint8_t high[128], low[128];
     for (int i = 0; i < 128; i++) {
         const uint16_t value = count > 16 ? bf16_of(magnitude(type, i)) : 0;

@@ -17,7 +17,7 @@ from .cpu_w8a8 import _rule as code_rule
 from .cpu_weight_only import UNITS
 from .torch_c import KINDS, address, bias_kind, operation
 
-STACKS = ("codes", "table", "scales", "zeros", "row_scales", "segments", "order")
+STACKS = ("codes", "table", "scales", "zeros", "shifts", "row_scales", "segments", "order")
 """Packed tensors in the order of ``enum`` in ``weight_only_experts.h``; the bias comes after them."""
 
 
@@ -75,6 +75,7 @@ def _run_weight_only(
     table: Tensor | None,
     scales: Tensor,
     zeros: Tensor | None,
+    shifts: Tensor | None,
     row_scales: Tensor | None,
     segments: Tensor,
     order: Tensor | None,
@@ -85,7 +86,7 @@ def _run_weight_only(
     scale_bytes: int,
 ) -> Tensor:
     x, bias = x.contiguous(), None if bias is None else bias.contiguous()
-    stacks = (codes, table, scales, zeros, row_scales, segments, order, bias)
+    stacks = (codes, table, scales, zeros, shifts, row_scales, segments, order, bias)
     pointers = (ctypes.c_void_p * len(stacks))(*(address(s) for s in stacks))
     strides = (ctypes.c_long * len(stacks))(*(0 if s is None else s.nbytes // len(s) for s in stacks))
     y = x.new_empty((x.shape[0], n))
@@ -106,6 +107,7 @@ def _fake_weight_only(
     table: Tensor | None,
     scales: Tensor,
     zeros: Tensor | None,
+    shifts: Tensor | None,
     row_scales: Tensor | None,
     segments: Tensor,
     order: Tensor | None,
@@ -161,8 +163,8 @@ def _fake_w8a8(
 
 
 weight_only_experts = operation(
-    "weight_only_experts(Tensor x, Tensor codes, Tensor? table, Tensor scales, Tensor? zeros, Tensor? row_scales, Tensor segments,"
-    " Tensor? order, Tensor? bias, Tensor ends, int n, int type, int scale_bytes) -> Tensor",
+    "weight_only_experts(Tensor x, Tensor codes, Tensor? table, Tensor scales, Tensor? zeros, Tensor? shifts, Tensor? row_scales,"
+    " Tensor segments, Tensor? order, Tensor? bias, Tensor ends, int n, int type, int scale_bytes) -> Tensor",
     _run_weight_only,
     _fake_weight_only,
 )

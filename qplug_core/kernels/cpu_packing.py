@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..support import Refusal
-from . import builder
+from . import builder, huge_pages
 
 _POINTER, _LONG, _INT = ctypes.c_void_p, ctypes.c_long, ctypes.c_int
 _ARGUMENTS = {
@@ -67,7 +67,7 @@ def pack(
     """
     codes = codes.view(torch.uint8).contiguous()
     dtype = torch.int32 if len(shape) == 4 else torch.uint8
-    packed = torch.empty(*shape, dtype=dtype)
+    packed = huge_pages.empty(shape, dtype)
     missing = torch.zeros(codes.shape[0], dtype=torch.uint8)
     _function("qplug_pack")(
         packed.data_ptr(), missing.data_ptr(), codes.data_ptr(), None if order is None else order.data_ptr(), *codes.shape, columns,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -40,7 +41,7 @@ class CpuWeightOnly(Kernel):
     """A weight-only kernel for the number types in ``numbers``, or integers of the widths in ``bits``. Subclasses say which, and their name.
 
     Ragged shapes, groups of any length (also unequal ones, which a cut through an act-order weight leaves), blocks, zero points of any
-    value, float zero points, E8M0 and two-level scales, ``pre_scale`` and ``act_shift`` are taken.
+    value, float zero points, shifts of integers, E8M0 and two-level scales, ``pre_scale`` and ``act_shift`` are taken.
     """
 
     grouped = True
@@ -48,7 +49,7 @@ class CpuWeightOnly(Kernel):
     numbers: tuple[str, ...] = ()
 
     def supports(self, problem: Problem, device: Device) -> list[Refusal]:
-        """Refuses other operations and types, quantized activations, sparsity, shifted weights, and machines without AVX2 or compiler."""
+        """Refuses other operations and types, quantized activations, sparsity, shifted floats, and machines without AVX2 or compiler."""
         refusals = self.common_refusals(problem, device)
         if problem.scheme.act is not None:
             refusals.append(Refusal("scheme", f"activations of {problem.scheme.act.dtype}", "16-bit or float32 activations"))
@@ -65,8 +66,10 @@ class CpuWeightOnly(Kernel):
             refusals.append(Refusal("scheme", f"scheme {scheme}", f"weights of {' or '.join(taken)}"))
         if scheme.sparsity:
             refusals.append(Refusal("scheme", f"{scheme.sparsity} sparsity", "dense weights"))
-        if problem.shift:
-            refusals.append(Refusal("zeros", "a shift in units of the weight", "zero points in units of codes"))
+        if problem.shift and (weight is None or not weight.dtype.startswith("int")):
+            refusals.append(
+                Refusal("zeros", f"a shift of {weight.dtype if weight else 'no'} weights", "a shift of integers")
+            )
         if problem.dtype not in ("float32", "bfloat16", "float16"):
             refusals.append(Refusal("dtype", f"activations {problem.dtype}", "float32, bfloat16 or float16"))
         return refusals
@@ -105,7 +108,7 @@ def multiply(
     t = packed.tensors
     call = _run if plain(x) else weight_only
     y: Tensor = call(
-        x, t["codes"], t.get("table"), t["scales"], t.get("zeros"), t.get("row_scales"), t["segments"], t.get("order"), x_scales,
+        x, t["codes"], t.get("table"), t["scales"], t.get("zeros"), t.get("shifts"), t.get("row_scales"), t["segments"], t.get("order"), x_scales,
         bias, packed.n, packed.meta["type"], packed.meta["bytes"], dtype,
     )  # fmt: skip
     return y
@@ -127,6 +130,8 @@ def pack(weight: QuantWeight, name: str, x_block: int = 0) -> PackedWeight:
     assert weight.scheme.weight is not None
     kind = TYPES[weight.scheme.weight.dtype]
     weight = weight.regroup(1, weight.block[1])
+    if weight.shift is not None and weight.global_scale is not None:
+        weight = replace(weight, scales=weight.scale_values(), global_scale=None)
     columns = _columns(weight, UNITS[kind], x_block)
     rows = -weight.n % TILE
     # Signed codes become unsigned, which turns their highest bit over; zero points are moved with them. Whole bytes stay signed.
@@ -138,7 +143,11 @@ def pack(weight: QuantWeight, name: str, x_block: int = 0) -> PackedWeight:
         row_scales = (torch.ones(weight.n) if row_scales is None else row_scales).masked_fill(missing, float("nan"))
     scales, row_scales, scale_bytes = _scales(weight, row_scales)
     tensors = {"codes": codes, "scales": _tiles(scales, rows), "segments": columns.segments}
-    if weight.zeros is not None:
+    if weight.shift is not None:
+        middle = {INT2: 2, INT3: 4, INT4: 8, INT8: 128}[kind]
+        points = low - middle + (0 if weight.zeros is None else weight.zeros.float())
+        tensors["shifts"] = _tiles(weight.shift.float() + points * weight.scale_values(), rows)
+    elif weight.zeros is not None:
         tensors["zeros"] = _tiles((weight.zeros.float() + low).to(scales.dtype), rows)
     if kind == LUT4:
         assert weight.codebook is not None
@@ -218,7 +227,7 @@ def _tiles(grid: Tensor, rows: int) -> Tensor:
 @functools.cache
 def _function() -> ctypes._NamedFuncPointer:
     function = builder.library("weight_only").qplug_weight_only
-    function.argtypes = [ctypes.c_void_p] * 11 + [ctypes.c_long] * 7 + [ctypes.c_int] * 6
+    function.argtypes = [ctypes.c_void_p] * 12 + [ctypes.c_long] * 7 + [ctypes.c_int] * 6
     return function
 
 
@@ -228,6 +237,7 @@ def _run(
     table: Tensor | None,
     scales: Tensor,
     zeros: Tensor | None,
+    shifts: Tensor | None,
     row_scales: Tensor | None,
     segments: Tensor,
     order: Tensor | None,
@@ -244,7 +254,7 @@ def _run(
     y = x.new_empty((*x.shape[:-1], n), dtype=dtype)
     kp = codes.shape[1] * (1 if codes.ndim == 3 else UNITS[type])
     failed = _function()(
-        y.data_ptr(), x.data_ptr(), codes.data_ptr(), address(table), scales.data_ptr(), address(zeros), address(row_scales),
+        y.data_ptr(), x.data_ptr(), codes.data_ptr(), address(table), scales.data_ptr(), address(zeros), address(shifts), address(row_scales),
         segments.data_ptr(), address(order), address(x_scales), address(bias), m, n, k, kp, scales.shape[1], segments.shape[0],
         0 if x_scales is None else x_scales.shape[-1], type, KINDS[x.dtype], KINDS[y.dtype], scale_bytes or KINDS[scales.dtype],
         bias_kind(bias), torch.get_num_threads(),
@@ -260,6 +270,7 @@ def _fake(
     table: Tensor | None,
     scales: Tensor,
     zeros: Tensor | None,
+    shifts: Tensor | None,
     row_scales: Tensor | None,
     segments: Tensor,
     order: Tensor | None,
@@ -274,8 +285,8 @@ def _fake(
 
 
 weight_only = operation(
-    "weight_only(Tensor x, Tensor codes, Tensor? table, Tensor scales, Tensor? zeros, Tensor? row_scales, Tensor segments, Tensor? order,"
-    " Tensor? x_scales, Tensor? bias, int n, int type, int scale_bytes, ScalarType? dtype) -> Tensor",
+    "weight_only(Tensor x, Tensor codes, Tensor? table, Tensor scales, Tensor? zeros, Tensor? shifts, Tensor? row_scales, Tensor segments,"
+    " Tensor? order, Tensor? x_scales, Tensor? bias, int n, int type, int scale_bytes, ScalarType? dtype) -> Tensor",
     _run,
     _fake,
 )

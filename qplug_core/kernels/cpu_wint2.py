@@ -60,7 +60,7 @@ def _many(x: Tensor, codes: Tensor, maps: Tensor, local: Tensor, bias: Tensor | 
     values, scales = torch.empty(codes.shape[0], k, TILE, dtype=torch.int8), torch.empty(local.shape)
     pointers = [t.data_ptr() for t in (values, scales, codes, maps, local)]
     _functions().bytes(*pointers, n, k, torch.get_num_threads())
-    y: Tensor = weight_only(x, values, None, scales, None, None, _segments(k), None, None, bias, n, INT8, 0, None)
+    y: Tensor = weight_only(x, values, None, scales, None, None, None, _segments(k), None, None, bias, n, INT8, 0, None)
     return y
 
 

@@ -1,7 +1,7 @@
 /* Weight-only products in float32, for every instruction set.
  *
  * Few tokens: the codes are streamed once and multiplied from registers. A field of a word is not shifted down: it is masked and
- * converted where it lies, and x carries the power of two. Zero points are taken off the sum: s * (sum(x u) - z * sum(x)).
+ * converted where it lies, and x carries the power of two. Zero points are taken off the sum: s * sum(x u) - s z * sum(x).
  * Many tokens: a panel of 64 rows is dequantized to a buffer, chunk by chunk, then multiplied.
  *
  * xs: [rows/R][KP][R] float32, in blocks of R rows, the last filled with zeros.
@@ -75,12 +75,12 @@ INLINE void stream(const int type, const int MT, const int H, const int NA, cons
             }
             UNROLL for (int h = 0; h < H; h++) {
                 vf scale = load_scale(p->scale_kind, p->scales, grid + (h0 + h) * VL);
-                vf zero = zero_of(type, 0, p, grid + (h0 + h) * VL);
+                vf offset = offset_of(type, 0, p, grid + (h0 + h) * VL, scale);
                 UNROLL for (int m = 0; m < MT; m++) {
                     vf sum = acc[m][h][0];
                     UNROLL for (int a = 1; a < NA; a++) sum += acc[m][h][a];
-                    if (type <= INT8) sum -= zero * splat(p->sums[(m0 + m) * p->count + s]);
                     total[m][h0 + h] += scale * sum;
+                    if (type <= INT8) total[m][h0 + h] -= offset * splat(p->sums[(m0 + m) * p->count + s]);
                 }
             }
         }
@@ -108,7 +108,8 @@ INLINE void dequantize(const int type, const Product *p, long tile0, long tiles,
             const int32_t *seg = p->segments + 4 * s;
             UNROLL for (int h = 0; h < NV; h++) {
                 const long grid = ((tile0 + t) * p->groups + seg[2]) * TILE + h * VL;
-                const vf scale = load_scale(p->scale_kind, p->scales, grid) * splat(rescale_of(type)), zero = zero_of(type, 0, p, grid);
+                const vf scale = load_scale(p->scale_kind, p->scales, grid) * splat(rescale_of(type));
+                const vf offset = offset_of(type, 0, p, grid, scale);
                 const long lane = t * TILE + h * VL;
                 float *at = to + lane / NR * columns * NR + lane % NR + (seg[0] - first) * unit * NR;
                 const uint32_t *w = codes + (long)seg[0] * words;
@@ -116,7 +117,7 @@ INLINE void dequantize(const int type, const Product *p, long tile0, long tiles,
                 for (long u = seg[0]; u < seg[1]; u++, w += words)
                     UNROLL for (int j = 0; j < unit; j++, at += NR) {
                         vf value = field(type, masks, p->table, w, j, h) * splat(1.0f / (float)(1 << place_of(type, j)));
-                        store(at, (value - zero) * scale);
+                        store(at, value * scale - offset);
                     }
             }
         }

@@ -8,7 +8,8 @@
  * Without VNNI, both codes are widened to 16 bits and multiplied by vpmaddwd: vpmaddubsw would saturate. With VNNI, activations are
  * shifted by 128 to be unsigned, and 128 * sums is taken off. |sum| <= 255 * 128 * K < 2^31 for K <= 65536, which the caller checks.
  */
-#include "vec.h"
+#include "kept.h"
+#include "walk.h"
 
 enum { PANEL = 64, MR = 6, BLOCK = MR * 86, CHUNK = 512, AHEAD = 8192, SMALL = 16 };
 #if defined(__AVX512F__)
@@ -189,17 +190,21 @@ EXPORT int qplug_int8_product(void *y, const int8_t *q, const float *x_scales, c
                               int kind, int bias_kind, int threads) {
     const long kp = round_up(k, DEPTH), tiles = round_up(n, TILE) / TILE;
     const long R = m <= 1 ? 1 : m <= 2 ? 2 : m <= 4 ? 4 : m <= SMALL ? FEW : MR, rows = round_up(m, R);
-    code *x = scratch((size_t)(rows * kp) * sizeof(code));
+    code *x = borrow((size_t)(rows * kp) * sizeof(code));
     if (!x) return 1;
     Product p = {x, x_scales, x_zeros, codes, scales, sums, bias, y, m, n, kp, kind, bias_kind};
     if (n * kp < 1 << 16) threads = 1; /* waking threads costs more */
     if (m <= SMALL) {
         for (long i = 0; i < rows; i++) widen(q, i, &p, (int)R, k, x);
-        const long at_once = R > 4 ? PAIR : 1, tasks = (tiles + at_once - 1) / at_once, share = tasks / (threads * 8) + 1;
-#pragma omp parallel for schedule(dynamic, share) num_threads(threads)
-        for (long t = 0; t < tasks; t++)
-            for (long j = 0; j < rows; j += R)
-                (R == 1 ? one : R == 2 ? two : R == 4 ? four : at_once * (t + 1) <= tiles ? few : few_last)(&p, at_once * t, j);
+        const long at_once = R > 4 ? PAIR : 1, tasks = (tiles + at_once - 1) / at_once;
+        Part parts[threads];
+        divide(parts, threads, tasks);
+#pragma omp parallel num_threads(threads)
+        for (long turn = 0; turn < threads; turn++)
+            for (Range r; take(parts, threads, tasks, turn, at_once * TILE * kp, &r);)
+                for (long t = r.first; t < r.end; t++)
+                    for (long j = 0; j < rows; j += R)
+                        (R == 1 ? one : R == 2 ? two : R == 4 ? four : at_once * (t + 1) <= tiles ? few : few_last)(&p, at_once * t, j);
     } else {
         const long blocks = (rows + BLOCK - 1) / BLOCK, each = round_up((rows + blocks - 1) / blocks, MR), panels = (n + PANEL - 1) / PANEL;
 #pragma omp parallel num_threads(threads)
@@ -214,7 +219,7 @@ EXPORT int qplug_int8_product(void *y, const int8_t *q, const float *x_scales, c
             }
         }
     }
-    free(x);
+    give_back(x);
     return 0;
 }
 
@@ -288,7 +293,7 @@ EXPORT void qplug_int8_quantize(int8_t *q, float *scales, int32_t *zeros, const 
 EXPORT int qplug_w8a8(void *y, const void *x, const float *scale, const int32_t *zero, const int8_t *codes, const float *scales,
                       const int32_t *sums, const void *bias, long m, long n, long k, int kind, int bias_kind, int symmetric,
                       float divisor, float low, int threads) {
-    int8_t *q = scratch((size_t)(m * k));
+    int8_t *q = borrow((size_t)(m * k));
     float *x_scales = scratch((size_t)m * 4);
     int32_t *x_zeros = scratch((size_t)m * 4);
     int failed = !q || !x_scales || !x_zeros;
@@ -296,7 +301,7 @@ EXPORT int qplug_w8a8(void *y, const void *x, const float *scale, const int32_t 
         qplug_int8_quantize(q, x_scales, x_zeros, x, scale, zero, m, k, kind, symmetric, divisor, low, threads);
         failed = qplug_int8_product(y, q, x_scales, symmetric ? NULL : x_zeros, codes, scales, sums, bias, m, n, k, kind, bias_kind, threads);
     }
-    free(q);
+    give_back(q);
     free(x_scales);
     free(x_zeros);
     return failed;

@@ -8,11 +8,11 @@ enum { PANEL = 64, SEGMENT = 128, AHEAD = 8192 };
 
 typedef struct {
     const void *x, *codes, *scales, *zeros, *bias;
-    const float *table, *row_scales, *x_scales;
+    const float *shifts, *table, *row_scales, *x_scales;
     const int32_t *segments, *order;
     void *y;
     long m, n, k, kp, groups, count, x_groups; /* count of segments; groups of activations that have a scale */
-    int kind, y_kind, scale_kind, bias_kind, fold; /* fold: see bf16_product.h */
+    int kind, y_kind, scale_kind, bias_kind, fold, integers; /* the last two: see bf16_product.h */
     const void *tables; /* of bfloat16, see codes.h */
     void *xs;    /* x in packed order, as the arithmetic takes it */
     float *sums; /* [rows, S] sums of x over each segment */
@@ -22,11 +22,12 @@ INLINE const uint32_t *codes_of(int type, const Product *p, long tile) {
     return (const uint32_t *)p->codes + tile * (p->kp / unit_of(type)) * (words_of(type) * TILE);
 }
 
-/* Zero points as `field` (centred: as `pairs`) has the codes. */
-INLINE vf zero_of(int type, int centred, const Product *p, long at) {
+/* What is subtracted from codes times `scale`, codes as `field` (centred: as `pairs`) has them. */
+INLINE vf offset_of(int type, int centred, const Product *p, long at, vf scale) {
     const float middle = middle_of(type);
-    if (!p->zeros) return splat(centred ? 0.0f : middle);
-    return load_any(p->scale_kind, p->zeros, at) - splat(type == INT8 ? 128.0f : centred ? middle : 0.0f);
+    if (p->zeros) return (load_any(p->scale_kind, p->zeros, at) - splat(type == INT8 ? 128.0f : centred ? middle : 0.0f)) * scale;
+    const vf offset = splat(centred ? 0.0f : middle) * scale;
+    return p->shifts ? offset + load(p->shifts + at) : offset;
 }
 
 /* The first unit past the segments from s0 on that together have at most `most` columns, as an index of segments. */

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
@@ -50,3 +51,36 @@ def test_weight_only_products_across_chunks_and_blocks(m: int, text: str, dtype:
     tolerance = weight.scheme.tolerance
     by_token = (y - exact).norm(dim=1) / exact.norm(dim=1)
     assert by_token.max() <= (tolerance.product if dtype == torch.float32 else tolerance.product_16bit)
+
+
+@pytest.mark.parametrize("text", ["W4A16_g128_asym", "W8A8"])
+def test_calls_at_the_same_time_share_no_scratch(text: str) -> None:
+    """Arrays beyond 1 MB are kept from one call to the next, which may have begun before it."""
+    kernel = Int8() if text == "W8A8" else WeightOnly()
+    weight = random_weight(QuantScheme.parse(text), 48, 8192, torch.Generator().manual_seed(1))
+    packed = kernel.pack(weight)
+    tokens = [torch.randn(m, 8192, generator=torch.Generator().manual_seed(m)).bfloat16() for m in (140, 150, 160, 170)]
+    alone = [kernel.apply(x, packed) for x in tokens]
+    with ThreadPoolExecutor(4) as pool:
+        for _ in range(10):
+            together = list(pool.map(lambda x: kernel.apply(x, packed), tokens * 2))
+            assert all(torch.equal(y, alone[i % 4]) for i, y in enumerate(together))
+
+
+@pytest.mark.parametrize("text", ["W4A16_g128", "W4A16_g128_asym", "Wfp8A16", "W8A8"])
+@pytest.mark.parametrize("m", [0, 1, 2, 3, 5, 9, 16])
+@pytest.mark.parametrize("n", [16, 48, 1000])
+def test_every_tile_is_walked_once_with_any_number_of_threads(n: int, m: int, text: str) -> None:
+    kernel = Int8() if text == "W8A8" else WeightOnly()
+    weight = random_weight(QuantScheme.parse(text), n, 1024, torch.Generator().manual_seed(1))
+    packed, x = kernel.pack(weight), torch.randn(m, 1024, generator=torch.Generator().manual_seed(m)).bfloat16()
+    before = torch.get_num_threads()
+    try:
+        found = []
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            found.append(kernel.apply(x, packed))
+    finally:
+        torch.set_num_threads(before)
+    assert found[0].shape == (m, n)
+    assert all(torch.equal(y, found[0]) for y in found)

@@ -184,12 +184,13 @@ def byte_level(writer: gguf.GGUFWriter, tokens: list[str]) -> None:
 
 
 def test_kernels_of_q4_0_and_q8_0_are_used_and_shifts_are_planned(tmp_path):
-    """A plan names no kernel that refuses the weights: one with a minimum has a shift, which the CPU kernels refuse."""
+    """A plan names no kernel that refuses the weights. One with a minimum has a shift, which the CPU kernels take."""
     model = write(tmp_path / "m.gguf", model_of("llama"), {"gate_proj": "Q4_1", "up_proj": "IQ2_XS", "proj": "Q4_0"})
     engine = load(tmp_path, kernels="auto")
     assert engine.notes == []
     chosen = {d.layer.name.split(".")[-1]: d.segments[0].choice.kernel for d in engine.plan.decisions if d.quantized}
-    assert chosen["gate_proj"] == chosen["up_proj"] == "core.reference_linear"
+    assert chosen["up_proj"] == "core.reference_linear"
+    assert chosen["gate_proj"].partition(".")[2].startswith("cpu_")
     assert distance(engine.logits(IDS), logits_of(model)) < 1e-5
 
 
