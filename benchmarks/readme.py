@@ -31,13 +31,13 @@ def linear() -> list[str]:
     schemes: dict[str, dict[int, str]] = {}
     for row, peer, ratios, _ in judged(body):
         if (row["n"], row["k"]) == SHAPE:
-            beside = f", {ratios['of_peer']:.2f} {peer['name']}" if peer is not None else ""
+            beside = f", {ratios['of_peer']:.2f} {peer['name'].partition(',')[0]}" if peer is not None else ""
             schemes.setdefault(row["scheme"], {})[row["m"]] = f"{row['ms']:.2f} ms: {ratios['of_bf16']:.2f} bf16{beside}"
     facts = body["parts"][0]["machine"]
     tokens = sorted({m for cells in schemes.values() for m in cells})
     return [
         f"One layer [{SHAPE[0]}, {SHAPE[1]}] on {facts['device']} ({facts['arch']}), {facts['threads']} threads; how many times faster than "
-        "`F.linear` in bf16, and than the fastest other library:",
+        "`F.linear` in bf16, and than the fastest other library (ONNX Runtime and llama.cpp round 16-bit activations to int8, qplug does not):",
         "",
         "| scheme | " + " | ".join(f"M={m}" for m in tokens) + " |",
         "|---" * (len(tokens) + 1) + "|",

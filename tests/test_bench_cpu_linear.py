@@ -31,7 +31,7 @@ def row(scheme: str, name: str, kind: str, ms: float, note: str = "") -> dict[st
 
 def part(date: str, *rows: dict[str, Any]) -> dict[str, Any]:
     machine = {"date": f"2026-01-{date}T00:00:00", "device": "a CPU", "arch": "x", "threads": 2, "torch": "2"}
-    return {"machine": machine, "read_gb_per_s": 2.0, "matmul_tflop_per_s": 1.0, "rows": list(rows)}
+    return {"machine": machine, "read_gb_per_s": {"8": 2.0}, "matmul_tflop_per_s": 1.0, "rows": list(rows)}
 
 
 def test_the_newest_part_wins_and_keeps_the_peers_of_an_older_one(cpu_linear: Any) -> None:

@@ -14,7 +14,7 @@ from ..device import Device
 from ..kernel import Kernel, PackedWeight
 from ..weight import QuantWeight
 
-Kind = Literal["qplug", "bf16", "peer"]
+Kind = Literal["qplug", "bf16", "peer", "limit"]
 Call = Callable[[Any], Any]
 """From what ``Contender.prepare`` gives to what ``Contender.result`` takes."""
 
