@@ -55,6 +55,16 @@ class _Parts:
         inner = [attention, mlp, *(m for _, children in self.children[1:] for m in children), *self.norms[:2]]
         self.hooks = [hooks for m in inner if m is not None for hooks in (m._forward_hooks, m._forward_pre_hooks)]
 
+    def places(self) -> list[int | torch.dtype]:
+        """Where everything is that C reads: whoever gives a module other storage, or another dtype, changes it."""
+        found: list[int | torch.dtype] = []
+        for norm in self.norms:
+            if norm is not None:
+                found += [norm.weight.data_ptr(), norm.weight.dtype]
+        for linear in self.linears:
+            found += [id(linear.method.packed[0]), 0 if linear.bias is None else linear.bias.data_ptr()]
+        return found
+
     def unchanged(self) -> bool:
         """Whether no child was exchanged, as an adapter does, and nobody looks at what is between."""
         return not any(self.hooks) and all([*now.values()] == then for now, then in self.children)
@@ -93,13 +103,14 @@ class _Forward:
         self.module = module
         self.parts: _Parts | None = None
         self.layer: DecoderLayer | None = None
+        self.places: list[int | torch.dtype] = []
         self.refused = False
 
     def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         x = hidden_states
         if not args and not self.refused and x.shape[:-1] == (1, 1) and (turns := self._turns(x, kwargs)) is not None:
             held = kwargs["past_key_values"].layers[self.module.self_attn.layer_idx]
-            if self.layer is None:
+            if self.layer is None or self.places != self._places(x):
                 return self._try(x, turns, held, kwargs)
             if (rows := held.extend()) is not None:
                 return self.layer(x, *turns, *rows)
@@ -127,6 +138,10 @@ class _Forward:
             return None
         return turns if self.parts.unchanged() else None
 
+    def _places(self, x: Tensor) -> list[int | torch.dtype]:
+        assert self.parts is not None
+        return [x.dtype, *self.parts.places()]
+
     def _try(self, x: Tensor, turns: tuple[Tensor, Tensor], held: SlabLayer, kwargs: dict[str, Any]) -> Any:
         """The layer's own result. From ``CONTEXT`` tokens on, it is compared."""
         before = held.get_seq_length()
@@ -145,7 +160,7 @@ class _Forward:
         for row, right in zip(rows, kept, strict=True):
             row.copy_(right)
         if same:
-            self.layer, self.refused = layer, False
+            self.layer, self.places, self.refused = layer, self._places(x), False
         else:
             log.info("a %s stays as it is: the C code computes something else", type(self.module).__name__)
         return theirs

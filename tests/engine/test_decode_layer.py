@@ -127,6 +127,30 @@ def test_what_is_not_the_template_is_no_candidate(tmp_path):
     assert not use_own_layers(qplug_core.load(other, dtype="float32", quantize="W4A16_g32").model)
 
 
+def _new_storage(model):
+    for layer in model.model.layers:
+        layer.input_layernorm.weight.data = layer.input_layernorm.weight.data * 3
+
+
+def _new_parameter(model):
+    for layer in model.model.layers:
+        layer.self_attn.v_proj.bias = torch.nn.Parameter(torch.ones(layer.self_attn.v_proj.method.packed[0].n))
+
+
+@pytest.mark.parametrize("change", [_new_storage, _new_parameter])
+def test_weights_that_moved_are_read_where_they_are_now(llama_folder, calls, change):
+    """C was given addresses, and whoever exchanges a tensor tells nobody."""
+    engine = qplug_core.load(llama_folder, dtype="float32", quantize="W4A16_g32")
+    before = steps(engine, own=True)
+    assert calls
+    change(engine.model)
+    calls.clear()
+    after = steps(engine, own=True)
+    assert calls
+    assert apart(after, before) > 1e-4
+    assert apart(after, steps(engine, own=False)) < 1e-5
+
+
 def test_what_looks_between_or_changes_a_part_brings_the_layer_back(llama_folder, calls):
     engine = qplug_core.load(llama_folder, dtype="float32", quantize="W4A16_g32")
     right, all_of_it = steps(engine, own=True), 2 * 33
