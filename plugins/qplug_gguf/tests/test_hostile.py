@@ -114,6 +114,17 @@ def test_counts_beyond_the_file_end_at_once(good, tmp_path):
     refused(patched(good, tmp_path, change), "the file ends at byte")
 
 
+@pytest.mark.parametrize("layers", [0, 2**31])
+def test_layers_that_the_file_cannot_hold_end_at_once(good, tmp_path, layers):
+    """A damaged count: names were made for two thousand million layers."""
+
+    def change(data):
+        at = data.index(b"llama.block_count") + len("llama.block_count") + 4
+        struct.pack_into("<I", data, at, layers)
+
+    refused(patched(good, tmp_path, change), f"says it has {layers} layers and holds")
+
+
 @settings(max_examples=60, deadline=None)
 @given(data=st.data())
 def test_damaged_headers_are_one_sentence(good, tmp_path_factory, data):

@@ -85,7 +85,13 @@ def open_gguf(path: Path) -> GGUFSource:
     headers = [read_header(file) for file in _files(path)]
     _check_split(headers)
     metadata = Metadata(headers[0])
-    names = model_names(metadata.architecture, metadata.number("block_count"))
+    layers, held = metadata.number("block_count"), sum(len(header.tensors) for header in headers)
+    if not 0 < layers <= held:
+        raise CheckpointError(
+            f"{headers[0].file} says it has {layers} layers and holds {held} tensors; at least one tensor for each was needed, so the file is "
+            "damaged, fetch it again"
+        )
+    names = model_names(metadata.architecture, layers)
     source = GGUFSource(path, {}, None, "", {}, {}, {}, first=headers[0].file)
     types: dict[str, str] = {}
     for header in headers:
