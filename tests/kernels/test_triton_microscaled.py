@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,6 +20,9 @@ from qplug_core.scheme import QuantScheme
 from qplug_core.testing.interpreter import need_interpreter
 from qplug_core.testing.weights import random_weight
 from qplug_core.weight import QuantWeight, decode_scales
+
+sys.path.insert(0, str(Path(__file__).parent))
+from definition import distance, exact
 
 need_interpreter()
 
@@ -45,18 +50,6 @@ def make(text: str, n: int, k: int, divide: bool = False) -> QuantWeight:
     if weight.act_scale is None:
         return weight
     return replace(weight, act_scale=torch.tensor(300.0 if divide else 0.004), act_div=divide)
-
-
-def exact(x: Tensor, weight: QuantWeight) -> Tensor:
-    """The definition in float64: activations through the float32 quantizer and back, times the dequantized weight."""
-    act = weight.scheme.act
-    assert act is not None
-    values = quantize_activation(x.float(), act, weight.act_scale, weight.act_zero, weight.act_div).dequantize(torch.float32)
-    return values.double() @ weight.dequantize().double().t()
-
-
-def distance(y: Tensor, expected: Tensor) -> float:
-    return float((y.double() - expected).norm() / expected.norm().clamp(min=1e-30))
 
 
 def fp4(codes: Tensor) -> Tensor:

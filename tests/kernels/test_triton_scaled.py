@@ -1,10 +1,11 @@
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
 
 from qplug_core.device import Device
 from qplug_core.kernel import problem_of
@@ -16,6 +17,9 @@ from qplug_core.scheme import QuantScheme
 from qplug_core.testing.interpreter import need_interpreter
 from qplug_core.testing.weights import random_weight
 from qplug_core.weight import QuantWeight
+
+sys.path.insert(0, str(Path(__file__).parent))
+from definition import distance, exact
 
 need_interpreter()
 
@@ -46,18 +50,6 @@ class Fnuz(Fp8):
 
 def make(text: str, n: int, k: int) -> QuantWeight:
     return random_weight(QuantScheme.parse(text), n, k, torch.Generator().manual_seed(n + k))
-
-
-def exact(x: Tensor, weight: QuantWeight) -> Tensor:
-    """The definition in float64: activations through the float32 quantizer and back, times the dequantized weight."""
-    act = weight.scheme.act
-    assert act is not None
-    values = quantize_activation(x.float(), act, weight.act_scale, weight.act_zero, weight.act_div).dequantize(torch.float32)
-    return values.double() @ weight.dequantize().double().t()
-
-
-def distance(y: Tensor, expected: Tensor) -> float:
-    return float((y.double() - expected).norm() / expected.norm().clamp(min=1e-30))
 
 
 @pytest.mark.parametrize(

@@ -1,20 +1,23 @@
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
 
 from qplug_core.device import Device
 from qplug_core.errors import SchemeError
 from qplug_core.kernel import problem_of
 from qplug_core.kernels.triton_scaled import TritonScaled
-from qplug_core.reference.activation import quantize_activation
 from qplug_core.scheme import QuantScheme
 from qplug_core.testing.interpreter import need_interpreter
 from qplug_core.testing.weights import random_weight
 from qplug_core.weight import QuantWeight
+
+sys.path.insert(0, str(Path(__file__).parent))
+from definition import distance, exact
 
 need_interpreter()
 
@@ -40,17 +43,6 @@ def make(text: str, n: int, k: int, seed: int = 0) -> QuantWeight:
     dropped = torch.rand(n, k // 4, 4, generator=generator).argsort(-1)[..., :2]
     held = weight.codes.view(torch.uint8).view(n, k // 4, 4).scatter(2, dropped, 0).view(n, k)
     return replace(weight, codes=held.view(weight.codes.dtype), scheme=QuantScheme.parse(text))
-
-
-def exact(x: Tensor, weight: QuantWeight) -> Tensor:
-    act = weight.scheme.act
-    assert act is not None
-    values = quantize_activation(x.float(), act, weight.act_scale, weight.act_zero, weight.act_div).dequantize(torch.float32)
-    return values.double() @ weight.dequantize().double().t()
-
-
-def distance(y: Tensor, expected: Tensor) -> float:
-    return float((y.double() - expected).norm() / expected.norm())
 
 
 @pytest.mark.parametrize(
